@@ -1,0 +1,112 @@
+// The gate of every row and the gradient of every logit: reference.activate and its derivative.
+//
+// A few numbers per row; rows in parallel, sequences in parallel for softmax, whose rows depend on
+// each other. Derivatives come from the saved logits.
+
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "cpu/route.h"
+
+namespace pmod::cpu {
+namespace {
+
+// Softmax of the routable rows of one sequence.
+template <typename A>
+void softmax(const A* logits, const uint8_t* kind, int64_t begin, int64_t end, A* out) {
+  A largest = -std::numeric_limits<A>::infinity();
+  for (int64_t r = begin; r < end; ++r) {
+    if (kind[r] == kRoutable && logits[r] > largest) largest = logits[r];
+  }
+  A sum = 0;
+  for (int64_t r = begin; r < end; ++r) {
+    if (kind[r] == kRoutable) sum += out[r] = std::exp(logits[r] - largest);
+  }
+  for (int64_t r = begin; r < end; ++r) {
+    if (kind[r] == kRoutable) out[r] /= sum;
+  }
+}
+
+template <typename A, typename F>
+void for_sequences(const Tensor& cu_seqlens, const F& f) {
+  const int32_t* bounds = cu_seqlens.const_data_ptr<int32_t>();
+  const int64_t batch = cu_seqlens.numel() - 1;
+  torch::stable::parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) f(int64_t{bounds[b]}, int64_t{bounds[b + 1]});
+  });
+}
+
+}  // namespace
+
+Tensor gate_of(const Tensor& logits, const Tensor& kind, const Tensor& cu_seqlens,
+               const Gate& gate) {
+  const int64_t rows = logits.numel();
+  Tensor out = torch::stable::new_empty(logits, {rows}, logits.scalar_type());
+  dispatch_rows("route", "logits", logits, [&](auto type) {
+    using A = typename decltype(type)::A;
+    const A* in = logits.const_data_ptr<A>();
+    const uint8_t* kinds = kind.const_data_ptr<uint8_t>();
+    A* weight = out.mutable_data_ptr<A>();
+    const A scale = static_cast<A>(gate.scale), bias = static_cast<A>(gate.bias);
+    if (gate.activation == Activation::kSoftmax) {
+      for_sequences<A>(cu_seqlens,
+                       [&](int64_t begin, int64_t end) { softmax(in, kinds, begin, end, weight); });
+    }
+    for_rows(rows, sizeof(A), [&](int64_t r) {
+      const A value = gate.activation == Activation::kSoftmax && kinds[r] == kRoutable
+                          ? weight[r]
+                          : activate(in[r], gate.activation);
+      weight[r] = kinds[r] == kRoutable ? scale * value + bias : A(1);
+    });
+  });
+  return out;
+}
+
+template <typename A>
+std::vector<A> logit_gradient(const OptionalTensor& grad_logits, const OptionalTensor& grad_gate,
+                              const Tensor& logits, const Tensor& kind, const Tensor& cu_seqlens,
+                              const Gate& gate) {
+  const int64_t rows = logits.numel();
+  const A* z = logits.const_data_ptr<A>();
+  const uint8_t* kinds = kind.const_data_ptr<uint8_t>();
+  const A scale = static_cast<A>(gate.scale);
+  std::vector<A> out(rows), soft;
+  if (grad_gate && gate.activation == Activation::kSoftmax) {
+    const A* grad = grad_gate->const_data_ptr<A>();
+    soft.resize(rows);
+    for_sequences<A>(cu_seqlens, [&](int64_t begin, int64_t end) {
+      softmax(z, kinds, begin, end, soft.data());
+      A mean = 0;
+      for (int64_t r = begin; r < end; ++r) {
+        if (kinds[r] == kRoutable) mean += soft[r] * grad[r];
+      }
+      for (int64_t r = begin; r < end; ++r) {
+        if (kinds[r] == kRoutable) out[r] = scale * soft[r] * (grad[r] - mean);
+      }
+    });
+  } else if (grad_gate) {
+    const A* grad = grad_gate->const_data_ptr<A>();
+    for_rows(rows, sizeof(A), [&](int64_t r) {
+      if (kinds[r] == kRoutable) {
+        out[r] = scale * activate_derivative(z[r], gate.activation) * grad[r];
+      }
+    });
+  }
+  if (grad_logits) {
+    const A* grad = grad_logits->const_data_ptr<A>();
+    for (int64_t r = 0; r < rows; ++r) {
+      if (kinds[r] == kRoutable) out[r] += grad[r];
+    }
+  }
+  return out;
+}
+
+template std::vector<float> logit_gradient<float>(const OptionalTensor&, const OptionalTensor&,
+                                                  const Tensor&, const Tensor&, const Tensor&,
+                                                  const Gate&);
+template std::vector<double> logit_gradient<double>(const OptionalTensor&, const OptionalTensor&,
+                                                    const Tensor&, const Tensor&, const Tensor&,
+                                                    const Gate&);
+
+}  // namespace pmod::cpu

@@ -1,0 +1,74 @@
+// pmod::gather: reference.gather.
+//
+// One task per range of slots; a slot copies its row, or writes zeros if its index is -1. No two
+// slots hold the same row, so backward writes rows of the gradient of x without atomics. Reads K
+// rows and writes K rows; backward reads K (2K where it adds) and writes K. Bitwise copies; sums
+// round once.
+
+#include "cpu/gather.h"
+
+#include <cstring>
+
+namespace pmod::cpu {
+
+Tensor copy_rows(const char* op, const Tensor& x, const Tensor& index) {
+  const int64_t slots = index.numel(), hidden = x.size(1);
+  Tensor rows = torch::stable::new_empty(x, {slots, hidden});
+  dispatch_rows(op, "x", x, [&](auto type) {
+    using T = typename decltype(type)::T;
+    const T* in = x.const_data_ptr<T>();
+    const int32_t* row_of = index.const_data_ptr<int32_t>();
+    T* out = rows.mutable_data_ptr<T>();
+    for_rows(slots, hidden * sizeof(T), [&](int64_t s) {
+      if (row_of[s] < 0) {
+        zero_row(out + s * hidden, hidden);
+      } else {
+        std::memcpy(out + s * hidden, in + row_of[s] * hidden, hidden * sizeof(T));
+      }
+    });
+  });
+  return rows;
+}
+
+namespace {
+
+Tensor gather(const Tensor& x_arg, const Tensor& index_arg) {
+  const char* op = "gather";
+  const Tensor x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
+  return copy_rows(op, x, index_vector(op, "index", index_arg, -1, x.size(0)));
+}
+
+void gather_backward(Tensor grad_x, const Tensor& grad_rows_arg, const Tensor& index_arg,
+                     bool accumulate) {
+  const char* op = "gather_backward_";
+  const Tensor grad_rows = matrix(op, "grad_rows", grad_rows_arg, grad_x.scalar_type(), -1, -1);
+  const int64_t slots = grad_rows.size(0), hidden = grad_rows.size(1);
+  matrix(op, "grad_x", grad_x, grad_x.scalar_type(), -1, hidden);
+  check_mutable(op, "grad_x", grad_x, grad_x);
+  const Tensor index = index_vector(op, "index", index_arg, slots, grad_x.size(0));
+  dispatch_rows(op, "grad_rows", grad_rows, [&](auto type) {
+    using T = typename decltype(type)::T;
+    using A = typename decltype(type)::A;
+    const T* in = grad_rows.const_data_ptr<T>();
+    const int32_t* row_of = index.const_data_ptr<int32_t>();
+    T* out = grad_x.mutable_data_ptr<T>();
+    for_rows(slots, hidden * sizeof(T), [&](int64_t s) {
+      if (row_of[s] < 0) return;
+      const T* from = in + s * hidden;
+      T* to = out + row_of[s] * hidden;
+      if (accumulate) {
+        for (int64_t i = 0; i < hidden; ++i) to[i] = T(A(to[i]) + A(from[i]));
+      } else {
+        std::memcpy(to, from, hidden * sizeof(T));
+      }
+    });
+  });
+}
+
+}  // namespace
+}  // namespace pmod::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pmod, CPU, m) {
+  m.impl("gather", TORCH_BOX(&pmod::cpu::gather));
+  m.impl("gather_backward_", TORCH_BOX(&pmod::cpu::gather_backward));
+}

@@ -1,0 +1,172 @@
+// pmod::route and pmod::select: reference.route.
+//
+// One dot product per routable row (rows in parallel), one gate per row, then the selection of
+// select.cpp. Backward adds z * weight to the rows of the gradient of x whose z, the gradient of
+// the logit, is not zero; weight and bias are summed over fixed chunks of rows. Reads V rows
+// forward; backward reads V rows twice and writes V. Sums in the accumulate type, one rounding per
+// element.
+
+#include "cpu/route.h"
+
+#include <vector>
+
+namespace pmod::cpu {
+
+Tensor check_kind(const char* op, const Tensor& kind, int64_t rows) {
+  return vector(op, "kind", kind, ScalarType::Byte, rows);
+}
+
+Tensor check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t rows) {
+  Tensor bounds = vector(op, "cu_seqlens", cu_seqlens, ScalarType::Int, -1);
+  const int32_t* at = bounds.const_data_ptr<int32_t>();
+  const int64_t batch = bounds.numel() - 1;
+  STD_TORCH_CHECK(batch >= 0 && at[0] == 0 && at[batch] == rows, "pmod::", op,
+                  ": cu_seqlens: expected offsets from 0 to ", rows);
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(at[b] <= at[b + 1], "pmod::", op, ": cu_seqlens[", b + 1,
+                    "]: expected >= ", at[b], ", got ", at[b + 1]);
+  }
+  return bounds;
+}
+
+Plan check_plan(const char* op, const Tensor& kind, const Tensor& cu_seqlens,
+                const OptionalTensor& pool_id, const Tensor& k, const Tensor& slot_start,
+                int64_t num_slots, int64_t rows) {
+  const Tensor bounds = check_cu_seqlens(op, cu_seqlens, rows);
+  const int64_t batch = bounds.numel() - 1;
+  OptionalTensor pools;
+  if (pool_id) pools = vector(op, "pool_id", *pool_id, ScalarType::Int, rows);
+  STD_TORCH_CHECK(num_slots >= 0, "pmod::", op, ": num_slots: expected >= 0, got ", num_slots);
+  return {.kind = check_kind(op, kind, rows),
+          .cu_seqlens = bounds,
+          .pool_id = pools,
+          .k = vector(op, "k", k, ScalarType::Int, pool_id ? -1 : batch),
+          .slot_start = vector(op, "slot_start", slot_start, ScalarType::Int, batch),
+          .num_slots = num_slots};
+}
+
+Gate check_gate(const char* op, double scale, double bias, int64_t activation) {
+  STD_TORCH_CHECK(activation >= 0 && activation <= 3, "pmod::", op,
+                  ": activation: expected 0..3, got ", activation);
+  return {.scale = scale, .bias = bias, .activation = static_cast<Activation>(activation)};
+}
+
+Tensor score(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+             const Tensor& kind) {
+  const int64_t rows = x.size(0), hidden = x.size(1);
+  Tensor logits = torch::stable::new_empty(x, {rows}, acc_type(x));
+  dispatch_rows(op, "x", x, [&](auto type) {
+    using T = typename decltype(type)::T;
+    using A = typename decltype(type)::A;
+    const std::vector<A> w = weights<A>(op, "router_weight", weight, hidden);
+    const std::vector<A> b = weights<A>(op, "router_bias", bias, 1);
+    const A offset = b.empty() ? A(0) : b[0];
+    const T* in = x.const_data_ptr<T>();
+    const uint8_t* kinds = kind.const_data_ptr<uint8_t>();
+    A* out = logits.mutable_data_ptr<A>();
+    for_rows(rows, hidden * sizeof(T), [&](int64_t r) {
+      out[r] = kinds[r] == kRoutable ? dot<A>(in + r * hidden, w.data(), hidden) + offset : A(0);
+    });
+  });
+  return logits;
+}
+
+namespace {
+
+using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+Routed route(const Tensor& x_arg, const Tensor& router_weight, const OptionalTensor& router_bias,
+             const Tensor& kind, const Tensor& cu_seqlens, const OptionalTensor& pool_id,
+             const Tensor& k, const Tensor& slot_start, int64_t num_slots, double gate_scale,
+             double gate_bias, int64_t activation) {
+  const char* op = "route";
+  const Tensor x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
+  const Plan plan = check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, x.size(0));
+  const Gate gate = check_gate(op, gate_scale, gate_bias, activation);
+  Tensor logits = score(op, x, router_weight, router_bias, plan.kind);
+  auto [index, inverse] = select_rows(op, logits, plan);
+  return {logits, gate_of(logits, plan.kind, plan.cu_seqlens, gate), index, inverse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> select(const Tensor& logits_arg, const Tensor& kind,
+                                          const Tensor& cu_seqlens, const OptionalTensor& pool_id,
+                                          const Tensor& k, const Tensor& slot_start,
+                                          int64_t num_slots, double gate_scale, double gate_bias,
+                                          int64_t activation) {
+  const char* op = "select";
+  const Tensor logits = vector(op, "logits", logits_arg, acc_type(logits_arg), -1);
+  const Plan plan =
+      check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, logits.numel());
+  const Gate gate = check_gate(op, gate_scale, gate_bias, activation);
+  auto [index, inverse] = select_rows(op, logits, plan);
+  return {gate_of(logits, plan.kind, plan.cu_seqlens, gate), index, inverse};
+}
+
+Tensor select_backward(const Tensor& grad_gate, const Tensor& logits_arg, const Tensor& kind_arg,
+                       const Tensor& cu_seqlens, double gate_scale, int64_t activation) {
+  const char* op = "select_backward";
+  const Tensor logits = vector(op, "logits", logits_arg, acc_type(logits_arg), -1);
+  const int64_t rows = logits.numel();
+  const Tensor grad = vector(op, "grad_gate", grad_gate, logits.scalar_type(), rows);
+  const Tensor kind = check_kind(op, kind_arg, rows);
+  const Tensor bounds = check_cu_seqlens(op, cu_seqlens, rows);
+  const Gate gate = check_gate(op, gate_scale, 0, activation);
+  Tensor out = torch::stable::new_empty(logits, {rows}, logits.scalar_type());
+  dispatch_rows(op, "logits", logits, [&](auto type) {
+    using A = typename decltype(type)::A;
+    const auto z = logit_gradient<A>(std::nullopt, grad, logits, kind, bounds, gate);
+    std::copy(z.begin(), z.end(), out.mutable_data_ptr<A>());
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> route_backward(Tensor grad_x, const OptionalTensor& grad_logits,
+                                          const OptionalTensor& grad_gate, const Tensor& x_arg,
+                                          const Tensor& router_weight, const Tensor& logits_arg,
+                                          const Tensor& kind_arg, const Tensor& cu_seqlens,
+                                          double gate_scale, int64_t activation) {
+  const char* op = "route_backward_";
+  const Tensor x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
+  const int64_t rows = x.size(0), hidden = x.size(1);
+  const ScalarType acc = acc_type(x);
+  check_mutable(op, "grad_x", grad_x, x);
+  const Tensor logits = vector(op, "logits", logits_arg, acc, rows);
+  OptionalTensor of_logits, of_gate;
+  if (grad_logits) of_logits = vector(op, "grad_logits", *grad_logits, acc, rows);
+  if (grad_gate) of_gate = vector(op, "grad_gate", *grad_gate, acc, rows);
+  const Tensor kind = check_kind(op, kind_arg, rows);
+  const Tensor bounds = check_cu_seqlens(op, cu_seqlens, rows);
+  const Gate gate = check_gate(op, gate_scale, 0, activation);
+  Tensor grad_weight = torch::stable::new_empty(x, {hidden}, acc);
+  Tensor grad_bias = torch::stable::new_empty(x, {1}, acc);
+  dispatch_rows(op, "x", x, [&](auto type) {
+    using T = typename decltype(type)::T;
+    using A = typename decltype(type)::A;
+    const std::vector<A> w = weights<A>(op, "router_weight", router_weight, hidden);
+    const auto z = logit_gradient<A>(of_logits, of_gate, logits, kind, bounds, gate);
+    const T* in = x.const_data_ptr<T>();
+    T* grad = grad_x.mutable_data_ptr<T>();
+    PartialSums<A> weight_sums(hidden), bias_sums(1);
+    for_chunks(rows, [&](int64_t c, int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        if (z[r] == A(0)) continue;
+        router_backward_row(z[r], w.data(), in + r * hidden, grad + r * hidden,
+                            weight_sums.chunk(c), hidden);
+        *bias_sums.chunk(c) += z[r];
+      }
+    });
+    weight_sums.write(grad_weight.mutable_data_ptr<A>());
+    bias_sums.write(grad_bias.mutable_data_ptr<A>());
+  });
+  return {grad_weight, grad_bias};
+}
+
+}  // namespace
+}  // namespace pmod::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(pmod, CPU, m) {
+  m.impl("route", TORCH_BOX(&pmod::cpu::route));
+  m.impl("route_backward_", TORCH_BOX(&pmod::cpu::route_backward));
+  m.impl("select", TORCH_BOX(&pmod::cpu::select));
+  m.impl("select_backward", TORCH_BOX(&pmod::cpu::select_backward));
+}

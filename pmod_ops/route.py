@@ -1,0 +1,277 @@
+"""route: score, gate and select (p-MoD, arXiv:2412.04449: TanhNorm, section 3.2; PRD, section 3.4).
+
+`pmod::route` scores and selects; `pmod::select` starts from logits that are already there.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmod_ops._checks import (
+    acc_dtype,
+    check_bias,
+    check_rows,
+    check_tensor,
+    check_vector,
+    fail,
+)
+from pmod_ops._library import GradientBuffer, autograd, define, fake, flat
+from pmod_ops.plan import RoutingPlan, check_plan
+from pmod_ops.routing import Layout, RouterGradient, Routing
+
+ACTIVATIONS = ("none", "tanh", "sigmoid", "softmax")  # the integers the kernels know, in order
+
+_SELECT = (
+    "Tensor kind, Tensor cu_seqlens, Tensor? pool_id, Tensor k, Tensor slot_start,"
+    " SymInt num_slots, float gate_scale, float gate_bias, int activation"
+)
+_GATE_BACKWARD = "Tensor logits, Tensor kind, Tensor cu_seqlens, float gate_scale, int activation"
+define(
+    f"route(Tensor x, Tensor router_weight, Tensor? router_bias, {_SELECT})"
+    " -> (Tensor logits, Tensor gate, Tensor index, Tensor inverse)"
+)
+define(
+    "route_backward_(Tensor(a!) grad_x, Tensor? grad_logits, Tensor? grad_gate, Tensor x,"
+    f" Tensor router_weight, {_GATE_BACKWARD})"
+    " -> (Tensor grad_router_weight, Tensor grad_router_bias)"
+)
+define(f"select(Tensor logits, {_SELECT}) -> (Tensor gate, Tensor index, Tensor inverse)")
+define(f"select_backward(Tensor grad_gate, {_GATE_BACKWARD}) -> Tensor")
+
+
+@fake("route")
+def _route_fake(
+    x: Tensor, router_weight: Tensor, router_bias: Tensor | None, kind: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = kind.new_empty(kind.shape, dtype=acc_dtype(x.dtype))
+    return logits, *_select_fake(logits, kind, *rest)
+
+
+@fake("select")
+def _select_fake(
+    logits: Tensor,
+    kind: Tensor,
+    cu_seqlens: Tensor,
+    pool_id: Tensor | None,
+    k: Tensor,
+    slot_start: Tensor,
+    num_slots: int,
+    *gate: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    index = kind.new_empty(num_slots, dtype=torch.int32)
+    inverse = kind.new_empty(kind.shape, dtype=torch.int32)
+    return logits.new_empty(logits.shape), index, inverse
+
+
+@fake("route_backward_")
+def _route_backward_fake(
+    grad_x: Tensor,
+    grad_logits: Tensor | None,
+    grad_gate: Tensor | None,
+    x: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor]:
+    acc = acc_dtype(x.dtype)
+    return x.new_empty(x.shape[1], dtype=acc), x.new_empty(1, dtype=acc)
+
+
+@fake("select_backward")
+def _select_backward_fake(grad_gate: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, kind, cu_seqlens, *_, gate_scale, _gate_bias, activation = inputs
+    logits, _gate, _index, _inverse = output
+    ctx.save_for_backward(x, weight, logits, kind, cu_seqlens)
+    ctx.gate = (gate_scale, activation)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(
+    ctx: Any,
+    grad_logits: Tensor | None,
+    grad_gate: Tensor | None,
+    grad_index: None,
+    grad_inverse: None,
+    *,
+    grad_x: Tensor | None = None,
+) -> Any:
+    x, weight, logits, kind, cu_seqlens = ctx.saved_tensors
+    if grad_logits is None and grad_gate is None:
+        return (grad_x,) + (None,) * 11
+    buffer = GradientBuffer(grad_x, x)
+    grad_weight, grad_bias = torch.ops.pmod.route_backward_(
+        buffer.rows, grad_logits, grad_gate, flat(x), weight, logits, kind, cu_seqlens, *ctx.gate
+    )
+    grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
+    return (buffer.release(), grad_weight.to(weight.dtype), grad_bias) + (None,) * 9
+
+
+_route_chain = autograd("route", _setup, _backward)
+
+
+def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, kind, cu_seqlens, *_, gate_scale, _gate_bias, activation = inputs
+    ctx.save_for_backward(logits, kind, cu_seqlens)
+    ctx.gate = (gate_scale, activation)
+
+
+def _select_grad(ctx: Any, grad_gate: Tensor | None, grad_index: None, grad_inverse: None) -> Any:
+    if grad_gate is None:
+        return (None,) * 10
+    grad_logits = torch.ops.pmod.select_backward(grad_gate, *ctx.saved_tensors, *ctx.gate)
+    return (grad_logits,) + (None,) * 9
+
+
+autograd("select", _select_setup, _select_grad)
+
+
+def route(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | float | None,
+    plan: RoutingPlan,
+    layer: int,
+    *,
+    gate_scale: float = 0.2,
+    gate_bias: float = 1.0,
+    activation: str = "tanh",
+    logits: Tensor | None = None,
+    layout: Layout = "packed",
+    return_x: bool = False,
+) -> Any:
+    """Choose the rows that `layer` processes, and the weight of every routable row.
+
+    `logits = x @ router_weight + router_bias; gate = gate_scale * activation(logits) + gate_bias`;
+    each pool keeps its k highest logits. Of equal logits the lowest row wins; NaN ranks highest,
+    so that it shows; -0 equals +0; -inf is legal and lowest. The choice itself has no gradient.
+
+    Args:
+        x: [N, D] or [B, S, D], fp32, bf16, fp16 or fp64, un-normalised; made contiguous if it is
+            not.
+        router_weight: [D] or [1, D], in the dtype of x or fp32.
+        router_bias: one element, a number, or None.
+        plan: of the same N rows, on the device of x.
+        layer: absolute index of a layer of the plan.
+        gate_scale: of the gate; 0.2 in the paper's TanhNorm.
+        gate_bias: of the gate; 1 in the paper's TanhNorm.
+        activation: "tanh", "sigmoid", "softmax" (over the routable rows of a sequence) or "none".
+        logits: fp32 [N] (fp64 for fp64 rows) to use instead of scoring x, e.g. those that
+            `weighted_scatter_add(next_router=...)` returned; the router arguments are then unused.
+        layout: "packed" or "padded", see `Routing`.
+        return_x: also return x, for the next reader of x.
+
+    Returns:
+        A `Routing`; with `return_x`, the tuple (routing, x).
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape, a device, the plan, the layer or an option does not fit.
+    """
+    op = "route"
+    sizes = route_arguments(op, x, plan, layer, gate_scale, gate_bias, activation, layout)
+    if logits is not None:
+        check_tensor(
+            op, "logits", logits, shape=(plan.num_rows,), like=x, dtypes=(acc_dtype(x.dtype),)
+        )
+        gate, index, inverse = torch.ops.pmod.select(logits, *sizes)
+        routing = make_routing(plan, layer, layout, logits, gate, index, inverse)
+        return results_with_x(routing, x if return_x else None)
+    weight = check_vector(op, "router_weight", router_weight, x)
+    bias = check_bias(op, "router_bias", router_bias, x)
+    router = None
+    if return_x and needs_grad(x, weight, bias):
+        *routed, x = _route_chain(x, weight, bias, *sizes)
+        router = fold_router(weight, bias, routed[1], gate_scale, activation)
+    else:
+        routed = torch.ops.pmod.route(flat(x), weight, bias, *sizes)
+    routing = make_routing(plan, layer, layout, *routed, router=router)
+    return results_with_x(routing, x if return_x else None)
+
+
+def route_arguments(
+    op: str,
+    x: Tensor,
+    plan: RoutingPlan,
+    layer: int,
+    gate_scale: float,
+    gate_bias: float,
+    activation: str,
+    layout: Layout,
+) -> tuple[Any, ...]:
+    """Check what route and route_gather share; return what `pmod::select` takes after logits."""
+    check_rows(op, "x", x)
+    check_plan(op, plan, x)
+    for name, number in (("gate_scale", gate_scale), ("gate_bias", gate_bias)):
+        if not (isinstance(number, (int, float)) and math.isfinite(number)):
+            fail(op, name, "a finite number", number)
+    if activation not in ACTIVATIONS:
+        fail(op, "activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    if layer not in plan.layers:
+        fail(op, "layer", f"one of {list(plan.layers)}", layer)
+    if layout not in ("packed", "padded"):
+        fail(op, "layout", "'packed' or 'padded'", repr(layout))
+    return (
+        plan.kind,
+        plan.cu_seqlens,
+        plan.pool_id,
+        plan.k(layer),
+        plan.slot_start(layer, layout),
+        plan.num_slots(layer, layout),
+        float(gate_scale),
+        float(gate_bias),
+        ACTIVATIONS.index(activation),
+    )
+
+
+def make_routing(
+    plan: RoutingPlan,
+    layer: int,
+    layout: Layout,
+    logits: Tensor,
+    gate: Tensor,
+    index: Tensor,
+    inverse: Tensor,
+    router: RouterGradient | None = None,
+) -> Routing:
+    """Put the outputs of the op together with what the plan knows of the layer."""
+    return Routing(
+        index=index,
+        inverse=inverse,
+        logits=logits,
+        gate=gate,
+        cu_seqlens=plan.cu_kept(layer),
+        kind=plan.kind,
+        num_sequences=plan.num_sequences,
+        max_kept=plan.max_kept(layer),
+        layout=layout,
+        router=router,
+    )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd will record an op on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def fold_router(
+    weight: Tensor, bias: Tensor | None, gate: Tensor, gate_scale: float, activation: str
+) -> RouterGradient | None:
+    """What weighted_scatter_add needs to finish the gradient of a row it visits anyway.
+
+    A softmax gate couples the rows of a sequence, so its gradient takes a pass of its own.
+    """
+    if activation == "softmax":
+        return None
+    return RouterGradient(weight, bias, gate, float(gate_scale), ACTIVATIONS.index(activation))
+
+
+def results_with_x(routing: Routing, *tensors: Tensor | None) -> Any:
+    """The routing alone, or with the tensors that are there."""
+    present = [t for t in tensors if t is not None]
+    return (routing, *present) if present else routing

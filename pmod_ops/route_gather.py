@@ -1,0 +1,197 @@
+"""route_gather: route, then gather (and normalise) what was kept, in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmod_ops._checks import acc_dtype, check_bias, check_eps, check_vector
+from pmod_ops._library import GradientBuffer, autograd, define, fake, flat
+from pmod_ops.gather import gather
+from pmod_ops.gather_rmsnorm import gather_rmsnorm
+from pmod_ops.plan import RoutingPlan
+from pmod_ops.route import (
+    _route_fake,
+    fold_router,
+    make_routing,
+    needs_grad,
+    results_with_x,
+    route,
+    route_arguments,
+)
+from pmod_ops.routing import Layout
+
+define(
+    "route_gather(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor kind,"
+    " Tensor cu_seqlens, Tensor? pool_id, Tensor k, Tensor slot_start, SymInt num_slots,"
+    " float gate_scale, float gate_bias, int activation, Tensor? norm_weight, float eps)"
+    " -> (Tensor logits, Tensor gate, Tensor index, Tensor inverse, Tensor rows, Tensor rstd)"
+)
+define(
+    "route_gather_backward_(Tensor(a!) grad_x, Tensor? grad_logits, Tensor? grad_gate,"
+    " Tensor? grad_rows, Tensor x, Tensor router_weight, Tensor logits, Tensor kind,"
+    " Tensor cu_seqlens, Tensor index, Tensor inverse, Tensor? norm_weight, Tensor rstd,"
+    " float gate_scale, int activation)"
+    " -> (Tensor grad_router_weight, Tensor grad_router_bias, Tensor grad_norm_weight)"
+)
+
+
+@fake("route_gather")
+def _route_gather_fake(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | None,
+    kind: Tensor,
+    cu_seqlens: Tensor,
+    pool_id: Tensor | None,
+    k: Tensor,
+    slot_start: Tensor,
+    num_slots: int,
+    gate_scale: float,
+    gate_bias: float,
+    activation: int,
+    norm_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, ...]:
+    routed = _route_fake(
+        x, router_weight, router_bias, kind, cu_seqlens, pool_id, k, slot_start, num_slots
+    )
+    rstd_slots = 0 if norm_weight is None else num_slots
+    rstd = x.new_empty(rstd_slots, dtype=acc_dtype(x.dtype))
+    return *routed, x.new_empty(num_slots, x.shape[1]), rstd
+
+
+@fake("route_gather_backward_")
+def _route_gather_backward_fake(
+    grad_x: Tensor,
+    grad_logits: Tensor | None,
+    grad_gate: Tensor | None,
+    grad_rows: Tensor | None,
+    x: Tensor,
+    router_weight: Tensor,
+    logits: Tensor,
+    kind: Tensor,
+    cu_seqlens: Tensor,
+    index: Tensor,
+    inverse: Tensor,
+    norm_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    acc, hidden = acc_dtype(x.dtype), x.shape[1]
+    norm_hidden = 0 if norm_weight is None else hidden
+    return (
+        x.new_empty(hidden, dtype=acc),
+        x.new_empty(1, dtype=acc),
+        x.new_empty(norm_hidden, dtype=acc),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, weight, bias, kind, cu_seqlens, _pool_id, _k, _slot_start, _num_slots = inputs[:9]
+    gate_scale, _gate_bias, activation, norm_weight, _eps = inputs[9:]
+    logits, _gate, index, inverse, _rows, rstd = output
+    ctx.save_for_backward(x, weight, logits, kind, cu_seqlens, index, inverse, norm_weight, rstd)
+    ctx.gate = (gate_scale, activation)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(
+    ctx: Any,
+    grad_logits: Tensor | None,
+    grad_gate: Tensor | None,
+    grad_index: None,
+    grad_inverse: None,
+    grad_rows: Tensor | None,
+    grad_rstd: None,
+    *,
+    grad_x: Tensor | None = None,
+) -> Any:
+    x, weight, *saved = ctx.saved_tensors
+    norm_weight = saved[5]
+    if grad_logits is None and grad_gate is None and grad_rows is None:
+        return (grad_x,) + (None,) * 13
+    buffer = GradientBuffer(grad_x, x)
+    grad_weight, grad_bias, grad_norm_weight = torch.ops.pmod.route_gather_backward_(
+        buffer.rows, grad_logits, grad_gate, grad_rows, flat(x), weight, *saved, *ctx.gate
+    )
+    grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
+    grad_norm = None if norm_weight is None else grad_norm_weight.to(norm_weight.dtype)
+    routed = (buffer.release(), grad_weight.to(weight.dtype), grad_bias)
+    return routed + (None,) * 9 + (grad_norm, None)
+
+
+_route_gather_chain = autograd("route_gather", _setup, _backward)
+
+
+def route_gather(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor | float | None,
+    plan: RoutingPlan,
+    layer: int,
+    norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    gate_scale: float = 0.2,
+    gate_bias: float = 1.0,
+    activation: str = "tanh",
+    logits: Tensor | None = None,
+    layout: Layout = "packed",
+    return_x: bool = False,
+) -> Any:
+    """Choose the rows `layer` processes, and return them, normalised if there is a norm weight.
+
+    Equal to `route` followed by `gather_rmsnorm` (by `gather` without `norm_weight`); see there
+    for the equations, the tie rule and the rounding. In training, the gradients of the router and
+    of the gather are added to the gradient of x in one pass.
+
+    Args:
+        x: [N, D] or [B, S, D], fp32, bf16, fp16 or fp64, un-normalised; made contiguous if it is
+            not.
+        router_weight: [D] or [1, D], in the dtype of x or fp32.
+        router_bias: one element, a number, or None.
+        plan: of the same N rows, on the device of x.
+        layer: absolute index of a layer of the plan.
+        norm_weight: [D], in the dtype of x or fp32; None gathers the rows unchanged.
+        eps: of the norm, >= 0.
+        gate_scale: of the gate, see `route`.
+        gate_bias: of the gate.
+        activation: of the gate.
+        logits: [N] to use instead of scoring x, see `route`.
+        layout: "packed" or "padded", see `Routing`.
+        return_x: also return x, for the next reader of x.
+
+    Returns:
+        (routing, rows): rows [K, D] in the dtype of x, [B, max_kept, D] if padded; then x if
+        `return_x`.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape, a device, the plan, the layer or an option does not fit.
+    """
+    op = "route_gather"
+    gate = {"gate_scale": gate_scale, "gate_bias": gate_bias, "activation": activation}
+    if logits is not None:
+        routing = route(
+            x, router_weight, router_bias, plan, layer, logits=logits, layout=layout, **gate
+        )
+        if norm_weight is None:
+            out = gather(x, routing, return_x=return_x)
+        else:
+            out = gather_rmsnorm(x, routing, norm_weight, eps, return_x=return_x)
+        return (routing, *out) if return_x else (routing, out)
+    sizes = route_arguments(op, x, plan, layer, layout=layout, **gate)
+    check_eps(op, eps)
+    weight = check_vector(op, "router_weight", router_weight, x)
+    bias = check_bias(op, "router_bias", router_bias, x)
+    norm = None if norm_weight is None else check_vector(op, "norm_weight", norm_weight, x)
+    router = None
+    if return_x and needs_grad(x, weight, bias, norm):
+        *routed, rows, _rstd, x = _route_gather_chain(x, weight, bias, *sizes, norm, eps)
+        router = fold_router(weight, bias, routed[1], gate_scale, activation)
+    else:
+        *routed, rows, _rstd = torch.ops.pmod.route_gather(flat(x), weight, bias, *sizes, norm, eps)
+    routing = make_routing(plan, layer, layout, *routed, router=router)
+    return results_with_x(routing, routing.rows(rows), x if return_x else None)

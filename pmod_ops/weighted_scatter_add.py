@@ -1,0 +1,353 @@
+"""weighted_scatter_add: put the processed rows back, weighted, and weight those that were skipped.
+
+p-MoD (arXiv:2412.04449): TanhNorm weights the MLP branch of kept tokens (section 3.2); symmetric
+token reweighting (STRing, section 3.3) gives skipped tokens the same kind of weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmod_ops._checks import (
+    acc_dtype,
+    check_bias,
+    check_routing,
+    check_rows,
+    check_slots,
+    check_vector,
+)
+from pmod_ops._library import autograd, define, fake, flat, own, refuse_double_backward
+from pmod_ops.gather import results
+from pmod_ops.route import needs_grad
+from pmod_ops.routing import RouterGradient, Routing
+
+_REST = (
+    "Tensor residual, Tensor update, Tensor gate, Tensor inverse, Tensor kind, bool gate_mlp,"
+    " bool scale_skipped, Tensor? next_weight, Tensor? next_bias"
+)
+define(f"weighted_scatter_add(Tensor x, {_REST}) -> (Tensor out, Tensor next_logits)")
+define(f"weighted_scatter_add_(Tensor(a!) x, {_REST}) -> Tensor")
+define(
+    "weighted_scatter_add_backward(Tensor grad_out, Tensor x, Tensor update, Tensor gate,"
+    " Tensor inverse, Tensor kind, bool gate_mlp, bool scale_skipped,"
+    " Tensor? router_weight, Tensor? logits, float gate_scale, int activation)"
+    " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_update, Tensor grad_gate,"
+    " Tensor grad_router_weight, Tensor grad_router_bias)"
+)
+
+
+@fake("weighted_scatter_add")
+def _weighted_scatter_add_fake(
+    x: Tensor, residual: Tensor, update: Tensor, gate: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), _next_logits_fake(x, gate, rest[4])
+
+
+@fake("weighted_scatter_add_")
+def _weighted_scatter_add_inplace_fake(
+    x: Tensor, residual: Tensor, update: Tensor, gate: Tensor, *rest: Any
+) -> Tensor:
+    return _next_logits_fake(x, gate, rest[4])
+
+
+def _next_logits_fake(x: Tensor, gate: Tensor, next_weight: Tensor | None) -> Tensor:
+    rows = 0 if next_weight is None else x.shape[0]
+    return gate.new_empty(rows, dtype=acc_dtype(x.dtype))
+
+
+@fake("weighted_scatter_add_backward")
+def _weighted_scatter_add_backward_fake(
+    grad_out: Tensor,
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor,
+    inverse: Tensor,
+    kind: Tensor,
+    gate_mlp: bool,
+    scale_skipped: bool,
+    router_weight: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    hidden, one = (0, 0) if router_weight is None else (x.shape[1], 1)
+    acc = acc_dtype(x.dtype)
+    return (
+        x.new_empty(x.shape),
+        update.new_empty(update.shape),
+        update.new_empty(update.shape),
+        gate.new_empty(gate.shape),
+        x.new_empty(hidden, dtype=acc),
+        x.new_empty(one, dtype=acc),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, _residual, update, gate, inverse, kind, gate_mlp, scale_skipped, next_weight, _ = inputs
+    ctx.save_for_backward(x, update, gate, inverse, kind)
+    ctx.flags = (gate_mlp, scale_skipped)
+    ctx.scores_next = next_weight is not None
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, grad_next_logits: Tensor | None) -> Any:
+    if ctx.scores_next:
+        raise RuntimeError("pmod_ops.weighted_scatter_add: next_router has no gradient")
+    if grad_out is None:
+        return (None,) * 10
+    x, update, gate, inverse, kind = ctx.saved_tensors
+    grad_x, grad_residual, grad_update, grad_gate, _, _ = (
+        torch.ops.pmod.weighted_scatter_add_backward(
+            grad_out, x, update, gate, inverse, kind, *ctx.flags, None, None, 0.0, 0
+        )
+    )
+    return (grad_x, grad_residual, grad_update, grad_gate) + (None,) * 6
+
+
+autograd("weighted_scatter_add", _setup, _backward)
+
+
+class _Chain(torch.autograd.Function):
+    """The last reader of x: starts the gradient buffer, and finishes the router of skipped rows.
+
+    Skipped routable rows count as gated by act(x . router_weight + router_bias) computed here, so
+    their gate gets no gradient and x, weight and bias get it directly.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        residual: Tensor,
+        update: Tensor,
+        gate: Tensor,
+        router_weight: Tensor | None,
+        router_bias: Tensor | None,
+        logits: Tensor,
+        inverse: Tensor,
+        kind: Tensor,
+        flags: tuple[bool, bool],
+        router_gate: tuple[float, int],
+    ) -> Any:
+        out, _ = torch.ops.pmod.weighted_scatter_add(
+            flat(x), residual, update, gate, inverse, kind, *flags, None, None
+        )
+        return out.view(x.shape), x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        x, _residual, update, gate, weight, bias, logits, inverse, kind, flags, router_gate = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, update, gate, inverse, kind, weight, logits)
+        ctx.flags, ctx.router_gate = flags, router_gate
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        refuse_double_backward("weighted_scatter_add")
+        grad_out, grad_x_out = grads
+        if grad_out is None:
+            return (grad_x_out,) + (None,) * 10
+        x, update, gate, inverse, kind, weight, logits = ctx.saved_tensors
+        grad_x, grad_residual, grad_update, grad_gate, grad_weight, grad_bias = (
+            torch.ops.pmod.weighted_scatter_add_backward(
+                flat(grad_out),
+                flat(x),
+                update,
+                gate,
+                inverse,
+                kind,
+                *ctx.flags,
+                weight,
+                None if weight is None else logits,
+                *ctx.router_gate,
+            )
+        )
+        grad_x = grad_x.view(x.shape)
+        if grad_x_out is not None:
+            grad_x = grad_x + grad_x_out
+        grad_weight = None if weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
+        given = (own(grad_x), grad_residual, grad_update, grad_gate, grad_weight, grad_bias)
+        return given + (None,) * 5
+
+
+def weighted_scatter_add(
+    x: Tensor,
+    residual: Tensor,
+    update: Tensor,
+    routing: Routing,
+    *,
+    gate_mlp: bool = True,
+    scale_skipped: bool = True,
+    next_router: tuple[Tensor, Tensor | float | None] | None = None,
+    return_x: bool = False,
+) -> Any:
+    """Write the output of a routed layer.
+
+    A kept routable row becomes `residual + gate * update`, another kept row `residual + update`, a
+    skipped routable row `gate * x`, padding stays x. Each row is rounded once. No two slots hold
+    the same row, so nothing is ever added atomically and the result is deterministic.
+
+    Args:
+        x: [N, D] or [B, S, D], the input of the layer; made contiguous if it is not.
+        residual: [K, D], or [B, max_kept, D] for a padded routing: x[index] plus attention.
+        update: like residual: the MLP output. Under autocast both may have any float dtype.
+        routing: of the same N rows.
+        gate_mlp: multiply `update` of routable rows by the gate.
+        scale_skipped: multiply skipped routable rows by the gate (STRing).
+        next_router: (weight, bias) of the next routed layer: also score the rows just written. For
+            inference only.
+        return_x: also return x, for the next reader of x.
+
+    Returns:
+        out, like x; then fp32 logits [N] (fp64 for fp64 rows; 0 on rows that are not routable) if
+        `next_router`; then x if `return_x`.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: a shape, a device or the routing does not fit x, or `next_router` under
+            autograd.
+    """
+    op = "weighted_scatter_add"
+    residual, update = _check(op, x, residual, update, routing)
+    weight, bias = _check_next_router(op, next_router, x)
+    tracked = needs_grad(x, residual, update, routing.gate)
+    if next_router is not None and (tracked or needs_grad(weight, bias)):
+        raise ValueError(
+            f"pmod_ops.{op}: next_router: expected None where gradients are recorded, got a router;"
+            " score the next layer in its own route, or use torch.no_grad()"
+        )
+    if tracked and (return_x or routing.router is not None):
+        out, chained = _weighted_scatter_add_chain(
+            x, residual, update, routing, (gate_mlp, scale_skipped)
+        )
+        return results(out, chained if return_x else None)
+    out, next_logits = torch.ops.pmod.weighted_scatter_add(
+        flat(x),
+        residual,
+        update,
+        routing.gate,
+        routing.inverse,
+        routing.kind,
+        gate_mlp,
+        scale_skipped,
+        weight,
+        bias,
+    )
+    scored = None if next_router is None else next_logits
+    return results(out.view(x.shape), scored, x if return_x else None)
+
+
+def weighted_scatter_add_(
+    x: Tensor,
+    residual: Tensor,
+    update: Tensor,
+    routing: Routing,
+    *,
+    gate_mlp: bool = True,
+    scale_skipped: bool = True,
+    next_router: tuple[Tensor, Tensor | float | None] | None = None,
+) -> Tensor | None:
+    """`weighted_scatter_add` written into x: nothing of size N is allocated. Inference only.
+
+    Args:
+        x: [N, D] or [B, S, D]; overwritten. A copy is made and written back if it is not
+            contiguous.
+        residual: see `weighted_scatter_add`, as are the arguments below.
+        update: like residual.
+        routing: of the same N rows.
+        gate_mlp: multiply `update` of routable rows by the gate.
+        scale_skipped: multiply skipped routable rows by the gate.
+        next_router: (weight, bias) of the next routed layer.
+
+    Returns:
+        The next layer's logits [N] if `next_router`, else None.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: as `weighted_scatter_add`; a tensor needs a gradient; residual or update shares
+            memory with x.
+    """
+    op = "weighted_scatter_add_"
+    residual, update = _check(op, x, residual, update, routing)
+    weight, bias = _check_next_router(op, next_router, x)
+    if needs_grad(x, residual, update, routing.gate, weight, bias):
+        raise ValueError(
+            f"pmod_ops.{op}: x: expected tensors that need no gradient, got some that do; "
+            "use torch.no_grad() or weighted_scatter_add"
+        )
+    for name, rows in (("residual", residual), ("update", update)):
+        if _same_storage(rows, x):
+            raise ValueError(
+                f"pmod_ops.{op}: {name}: expected memory of its own, got memory of x; pass a copy"
+            )
+    target = x.contiguous()
+    next_logits = torch.ops.pmod.weighted_scatter_add_(
+        flat(target),
+        residual,
+        update,
+        routing.gate,
+        routing.inverse,
+        routing.kind,
+        gate_mlp,
+        scale_skipped,
+        weight,
+        bias,
+    )
+    if target is not x:
+        x.copy_(target)
+    return None if next_router is None else next_logits
+
+
+def _weighted_scatter_add_chain(
+    x: Tensor, residual: Tensor, update: Tensor, routing: Routing, flags: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    router: RouterGradient | None = routing.router
+    if router is not None and router.gate is not routing.gate:
+        router = None
+    return _Chain.apply(
+        x,
+        residual,
+        update,
+        routing.gate,
+        None if router is None else router.weight,
+        None if router is None else router.bias,
+        routing.logits.detach(),
+        routing.inverse,
+        routing.kind,
+        flags,
+        (0.0, 0) if router is None else (router.gate_scale, router.activation),
+    )
+
+
+def _check(
+    op: str, x: Tensor, residual: Tensor, update: Tensor, routing: Routing
+) -> tuple[Tensor, Tensor]:
+    check_rows(op, "x", x)
+    check_routing(op, routing, x)
+    return (
+        check_slots(op, "residual", residual, routing, x),
+        check_slots(op, "update", update, routing, x),
+    )
+
+
+def _check_next_router(
+    op: str, next_router: tuple[Tensor, Tensor | float | None] | None, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if next_router is None:
+        return None, None
+    if not (isinstance(next_router, tuple) and len(next_router) == 2):
+        raise TypeError(
+            f"pmod_ops.{op}: next_router: expected a tuple (weight, bias), got {next_router!r}"
+        )
+    weight, bias = next_router
+    return (
+        check_vector(op, "next_router[0]", weight, x),
+        check_bias(op, "next_router[1]", bias, x),
+    )
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    if torch.compiler.is_compiling() or a.numel() == 0 or b.numel() == 0:
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -1,0 +1,171 @@
+"""The whole glue of a layer with x handed from op to op: one gradient buffer, the router folded in."""
+
+import dataclasses
+
+import pytest
+import torch
+from ops.checks import EPS, checkable, eager_dtype, finite, router_scales, routing_of
+
+import pmod_ops
+from pmod_ops import reference
+from pmod_ops.testing import DTYPES, LAYER, TABLE, assert_no_worse
+
+LEAVES = ("x", "router_weight", "router_bias", "norm_weight", "attn_out", "update")
+
+
+def leaves_of(case, dtype=None):
+    present = {name: getattr(case, name) for name in LEAVES if getattr(case, name) is not None}
+    return {
+        name: t.detach().to(dtype or t.dtype).clone().requires_grad_()
+        for name, t in present.items()
+    }
+
+
+def glue(module, t, case, chained, routing=None):
+    """A routed layer with leaf tensors in place of attention and MLP.
+
+    The gathered rows enter the update, so that their gradient is used. With `routing`, its selection
+    replaces the one of `module`.
+    """
+    router = (t["router_weight"], t.get("router_bias"))
+    options = {"layout": case.sample.layout, **case.sample.gate}
+    x = t["x"]
+    own, rows, *rest = module.route_gather(
+        x, *router, case.plan, LAYER, t["norm_weight"], EPS, return_x=chained, **options
+    )
+    if routing is not None:
+        own = dataclasses.replace(routing, logits=own.logits, gate=own.gate)
+        rows = module.gather_rmsnorm(x, own, t["norm_weight"], EPS)
+    x = rest[0] if chained else x
+    attn_out = t["attn_out"] + rows
+    residual, normed, *rest = module.gather_add_rmsnorm(
+        x, attn_out, own, t["norm_weight"], EPS, return_x=chained
+    )
+    x = rest[0] if chained else x
+    update = t["update"] * normed
+    return module.weighted_scatter_add(x, residual, update, own, **case.sample.scatter)
+
+
+def gradients(out, leaves):
+    generator = torch.Generator().manual_seed(3)
+    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(torch.bfloat16)
+    return torch.autograd.grad(
+        out,
+        list(leaves.values()),
+        cotangent.to(out.dtype),
+        allow_unused=True,
+        materialize_grads=True,
+    )
+
+
+def bias_gradient(case, routing):
+    leaves = leaves_of(case, torch.float64)
+    grads = gradients(glue(reference, leaves, case, False, routing), leaves)
+    return dict(zip(leaves, grads, strict=True))["router_bias"]
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["plain", "chained"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sample", finite(TABLE), ids=str)
+def test_gradients_of_a_layer(sample, dtype, chained):
+    case = sample.make(dtype)
+    routing = routing_of(case)
+    ours = leaves_of(case)
+    out = glue(pmod_ops, ours, case, chained)
+    results = []
+    for kind in (eager_dtype(dtype), torch.float64):
+        leaves = leaves_of(case, kind)
+        results.append((o := glue(reference, leaves, case, False, routing), gradients(o, leaves)))
+    (eager, eager_grads), (exact, exact_grads) = results
+    assert_no_worse(out, eager, exact)
+    grads = gradients(out, ours)
+    scales = router_scales(case, lambda c: bias_gradient(c, routing))
+    for name, a, b, c in zip(ours, grads, eager_grads, exact_grads, strict=True):
+        assert_no_worse(a, b, c, f"gradient of {name}", scales.get(name))
+
+
+@pytest.mark.parametrize("sample", checkable(TABLE), ids=str)
+def test_gradcheck(sample):
+    case = sample.make(torch.float64)
+    leaves = leaves_of(case)
+
+    def function(*values):
+        return glue(pmod_ops, dict(zip(leaves, values, strict=True)), case, True)
+
+    assert torch.autograd.gradcheck(function, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("sample", finite(TABLE)[:8], ids=str)
+def test_compile_aot_eager(sample):
+    check_compiled_glue(sample, "aot_eager")
+
+
+@pytest.mark.compile
+def test_compile_inductor():
+    check_compiled_glue(TABLE[1], "inductor")
+
+
+def check_compiled_glue(sample, backend):
+    torch.compiler.reset()
+    case = sample.make()
+
+    def function(leaves):
+        return glue(pmod_ops, leaves, case, True)
+
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True, backend=backend, dynamic=False)):
+        leaves = leaves_of(case)
+        results.append((out := f(leaves), *gradients(out, leaves)))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_export_keeps_the_ops():
+    case = TABLE[0].make()
+
+    class Glue(torch.nn.Module):
+        def forward(self, x, plan, weight, norm, update):
+            routing, rows = pmod_ops.route_gather(x, weight, None, plan, LAYER, norm)
+            return pmod_ops.weighted_scatter_add(x, rows, update, routing)
+
+    arguments = (case.x, case.plan, case.router_weight, case.norm_weight, case.update)
+    exported = torch.export.export(Glue(), arguments)
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert {"pmod.route_gather.default", "pmod.weighted_scatter_add.default"} <= names
+    assert torch.equal(exported.module()(*arguments), Glue()(*arguments))
+
+
+def test_a_users_gradient_is_not_overwritten():
+    case = TABLE[0].make()
+    routing = routing_of(case)
+    x = case.x.requires_grad_()
+    rows, passed = pmod_ops.gather(x, routing, return_x=True)
+    cotangent = torch.ones_like(x)
+    before = cotangent.clone()
+    torch.autograd.grad((rows, passed), x, (torch.ones_like(rows), cotangent))
+    assert torch.equal(cotangent, before)
+
+
+def test_a_changed_gate_is_not_folded():
+    case = TABLE[0].make(torch.float64)
+    leaves = leaves_of(case)
+
+    def out(chained):
+        routing, rows, *rest = pmod_ops.route_gather(
+            leaves["x"], leaves["router_weight"], None, case.plan, LAYER, return_x=chained
+        )
+        routing = dataclasses.replace(routing, gate=routing.gate.square())
+        x = rest[0] if chained else leaves["x"]
+        return pmod_ops.weighted_scatter_add(x, rows, leaves["update"], routing)
+
+    for a, b in zip(gradients(out(True), leaves), gradients(out(False), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_double_backward_is_refused():
+    case = TABLE[0].make()
+    leaves = leaves_of(case)
+    out = glue(pmod_ops, leaves, case, True)
+    with pytest.raises(RuntimeError, match="only first-order gradients are implemented"):
+        torch.autograd.grad(out.square().sum(), leaves["x"], create_graph=True)
