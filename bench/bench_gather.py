@@ -1,0 +1,19 @@
+"""gather: K rows read, K written."""
+
+from __future__ import annotations
+
+import torch
+from peers import Timed, candidate, over_dtypes, over_implementations, over_samples, routed
+
+from pmod_ops.testing import Sample
+
+
+@over_implementations
+@over_dtypes
+@over_samples
+def bench_gather(timed: Timed, sample: Sample, dtype: torch.dtype, impl: str) -> None:
+    case = sample.make(dtype)
+    routing = routed(case)
+    moved = (case.attn_out, case.attn_out)
+    function = candidate(impl, lambda m: m.gather(case.x, routing), moved)
+    assert timed(function, impl, moved) is not None
