@@ -12,6 +12,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
@@ -22,6 +24,15 @@ namespace pmod::cpu {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// Throws with the concatenated parts as message. (STD_TORCH_CHECK would put the build path first.)
+template <typename... Parts>
+void check(bool ok, const Parts&... parts) {
+  if (ok) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 // A row type and its accumulate type, as a value that a generic lambda can take.
 template <typename Row>
@@ -40,8 +51,8 @@ auto dispatch_rows(const char* op, const char* argument, const Tensor& x, const 
     case ScalarType::Half:
       return f(RowType<torch::headeronly::Half>{});
     default:
-      STD_TORCH_CHECK(x.scalar_type() == ScalarType::Double, "pmod::", op, ": ", argument,
-                      ": expected float32, bfloat16, float16 or float64");
+      check(x.scalar_type() == ScalarType::Double, "pmod_ops.", op, ": ", argument,
+            ": expected float32, bfloat16, float16 or float64");
       return f(RowType<double>{});
   }
 }
@@ -51,33 +62,30 @@ inline ScalarType acc_type(const Tensor& x) {
 }
 
 inline void check_cpu(const char* op, const char* argument, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_cpu(), "pmod::", op, ": ", argument, ": expected a CPU tensor");
+  check(t.is_cpu(), "pmod_ops.", op, ": ", argument, ": expected a CPU tensor");
 }
 
 // A contiguous matrix of the given type; -1 leaves a size open.
 inline Tensor matrix(const char* op, const char* argument, const Tensor& t, ScalarType type,
                      int64_t rows, int64_t columns) {
   check_cpu(op, argument, t);
-  STD_TORCH_CHECK(t.dim() == 2, "pmod::", op, ": ", argument, ": expected 2 dimensions, got ",
-                  t.dim());
-  STD_TORCH_CHECK(t.scalar_type() == type, "pmod::", op, ": ", argument,
-                  ": expected the dtype of the rows, got another");
-  STD_TORCH_CHECK(rows < 0 || t.size(0) == rows, "pmod::", op, ": ", argument, ": expected ", rows,
-                  " rows, got ", t.size(0));
-  STD_TORCH_CHECK(columns < 0 || t.size(1) == columns, "pmod::", op, ": ", argument, ": expected ",
-                  columns, " columns, got ", t.size(1));
-  STD_TORCH_CHECK(t.size(1) >= 1, "pmod::", op, ": ", argument, ": expected at least 1 column");
+  check(t.dim() == 2, "pmod_ops.", op, ": ", argument, ": expected 2 dimensions, got ", t.dim());
+  check(t.scalar_type() == type, "pmod_ops.", op, ": ", argument,
+        ": expected the dtype of the rows, got another");
+  check(rows < 0 || t.size(0) == rows, "pmod_ops.", op, ": ", argument, ": expected ", rows,
+        " rows, got ", t.size(0));
+  check(columns < 0 || t.size(1) == columns, "pmod_ops.", op, ": ", argument, ": expected ",
+        columns, " columns, got ", t.size(1));
+  check(t.size(1) >= 1, "pmod_ops.", op, ": ", argument, ": expected at least 1 column");
   return torch::stable::contiguous(t);
 }
 
 inline Tensor vector(const char* op, const char* argument, const Tensor& t, ScalarType type,
                      int64_t size) {
   check_cpu(op, argument, t);
-  STD_TORCH_CHECK(t.dim() == 1 && (size < 0 || t.size(0) == size), "pmod::", op, ": ", argument,
-                  ": expected ", size, " entries, got ", t.numel(), " in ", t.dim(),
-                  " dimension(s)");
-  STD_TORCH_CHECK(t.scalar_type() == type, "pmod::", op, ": ", argument,
-                  ": got an unexpected dtype");
+  check(t.dim() == 1 && (size < 0 || t.size(0) == size), "pmod_ops.", op, ": ", argument,
+        ": expected ", size, " entries, got ", t.numel(), " in ", t.dim(), " dimension(s)");
+  check(t.scalar_type() == type, "pmod_ops.", op, ": ", argument, ": got an unexpected dtype");
   return torch::stable::contiguous(t);
 }
 
@@ -85,15 +93,15 @@ inline Tensor vector(const char* op, const char* argument, const Tensor& t, Scal
 inline void check_mutable(const char* op, const char* argument, const Tensor& t,
                           const Tensor& like) {
   matrix(op, argument, t, like.scalar_type(), like.size(0), like.size(1));
-  STD_TORCH_CHECK(t.is_contiguous(), "pmod::", op, ": ", argument,
-                  ": expected a contiguous tensor, because it is written in place");
+  check(t.is_contiguous(), "pmod_ops.", op, ": ", argument,
+        ": expected a contiguous tensor, because it is written in place");
 }
 
 inline void check_range(const char* op, const char* argument, const Tensor& t, int64_t end) {
   const int32_t* values = t.const_data_ptr<int32_t>();
   for (int64_t i = 0; i < t.numel(); ++i) {
-    STD_TORCH_CHECK(values[i] >= -1 && values[i] < end, "pmod::", op, ": ", argument, "[", i,
-                    "]: expected -1 or 0..", end - 1, ", got ", values[i]);
+    check(values[i] >= -1 && values[i] < end, "pmod_ops.", op, ": ", argument, "[", i,
+          "]: expected -1 or 0..", end - 1, ", got ", values[i]);
   }
 }
 
@@ -108,8 +116,8 @@ inline Tensor index_vector(const char* op, const char* argument, const Tensor& t
 template <typename A>
 std::vector<A> weights(const char* op, const char* argument, const Tensor& t, int64_t size) {
   check_cpu(op, argument, t);
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, "pmod::", op, ": ", argument, ": expected ",
-                  size, " entries, got ", t.numel());
+  check(t.dim() == 1 && t.size(0) == size, "pmod_ops.", op, ": ", argument, ": expected ", size,
+        " entries, got ", t.numel());
   const Tensor flat = torch::stable::contiguous(t);
   return dispatch_rows(op, argument, flat, [&](auto type) {
     using W = typename decltype(type)::T;

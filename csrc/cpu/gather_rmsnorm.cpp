@@ -68,7 +68,7 @@ Tensor gather_rmsnorm_backward(Tensor grad_x, const Tensor& grad_rows_arg, const
     const A* scale = rstd.const_data_ptr<A>();
     const int32_t* row_of = index.const_data_ptr<int32_t>();
     T* out = grad_x.mutable_data_ptr<T>();
-    PartialSums<A> sums(hidden);
+    PartialSums sums(hidden);
     for_chunks(slots, [&](int64_t c, int64_t begin, int64_t end) {
       std::vector<A> row(hidden);
       for (int64_t s = begin; s < end; ++s) {

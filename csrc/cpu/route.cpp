@@ -20,11 +20,11 @@ Tensor check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t rows) 
   Tensor bounds = vector(op, "cu_seqlens", cu_seqlens, ScalarType::Int, -1);
   const int32_t* at = bounds.const_data_ptr<int32_t>();
   const int64_t batch = bounds.numel() - 1;
-  STD_TORCH_CHECK(batch >= 0 && at[0] == 0 && at[batch] == rows, "pmod::", op,
-                  ": cu_seqlens: expected offsets from 0 to ", rows);
+  check(batch >= 0 && at[0] == 0 && at[batch] == rows, "pmod_ops.", op,
+        ": cu_seqlens: expected offsets from 0 to ", rows);
   for (int64_t b = 0; b < batch; ++b) {
-    STD_TORCH_CHECK(at[b] <= at[b + 1], "pmod::", op, ": cu_seqlens[", b + 1,
-                    "]: expected >= ", at[b], ", got ", at[b + 1]);
+    check(at[b] <= at[b + 1], "pmod_ops.", op, ": cu_seqlens[", b + 1, "]: expected >= ", at[b],
+          ", got ", at[b + 1]);
   }
   return bounds;
 }
@@ -36,7 +36,7 @@ Plan check_plan(const char* op, const Tensor& kind, const Tensor& cu_seqlens,
   const int64_t batch = bounds.numel() - 1;
   OptionalTensor pools;
   if (pool_id) pools = vector(op, "pool_id", *pool_id, ScalarType::Int, rows);
-  STD_TORCH_CHECK(num_slots >= 0, "pmod::", op, ": num_slots: expected >= 0, got ", num_slots);
+  check(num_slots >= 0, "pmod_ops.", op, ": num_slots: expected >= 0, got ", num_slots);
   return {.kind = check_kind(op, kind, rows),
           .cu_seqlens = bounds,
           .pool_id = pools,
@@ -46,8 +46,8 @@ Plan check_plan(const char* op, const Tensor& kind, const Tensor& cu_seqlens,
 }
 
 Gate check_gate(const char* op, double scale, double bias, int64_t activation) {
-  STD_TORCH_CHECK(activation >= 0 && activation <= 3, "pmod::", op,
-                  ": activation: expected 0..3, got ", activation);
+  check(activation >= 0 && activation <= 3, "pmod_ops.", op, ": activation: expected 0..3, got ",
+        activation);
   return {.scale = scale, .bias = bias, .activation = static_cast<Activation>(activation)};
 }
 
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor> route_backward(Tensor grad_x, const OptionalTensor& g
     const auto z = logit_gradient<A>(of_logits, of_gate, logits, kind, bounds, gate);
     const T* in = x.const_data_ptr<T>();
     T* grad = grad_x.mutable_data_ptr<T>();
-    PartialSums<A> weight_sums(hidden), bias_sums(1);
+    PartialSums weight_sums(hidden), bias_sums(1);
     for_chunks(rows, [&](int64_t c, int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         if (z[r] == A(0)) continue;

@@ -53,7 +53,7 @@ struct BackwardRows {
   int64_t hidden;
 
   // Row r of the gradient of x, and its share of the parameters.
-  void add(int64_t r, A* row, A* grad_router, A* grad_norm) const {
+  void add(int64_t r, A* row, double* grad_router, double* grad_norm) const {
     const int64_t slot = inverse[r];
     const bool gathered = slot >= 0 && grad_rows != nullptr;
     if (!gathered && z[r] == A(0)) return;
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
                                       norm.empty() ? nullptr : norm.data(),
                                       grad_x.mutable_data_ptr<T>(),
                                       hidden};
-    PartialSums<A> router_sums(hidden), bias_sums(1), norm_sums(hidden);
+    PartialSums router_sums(hidden), bias_sums(1), norm_sums(hidden);
     for_chunks(rows, [&](int64_t c, int64_t begin, int64_t end) {
       std::vector<A> row(hidden);
       for (int64_t r = begin; r < end; ++r) {

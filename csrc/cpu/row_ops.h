@@ -59,7 +59,7 @@ inline A rmsnorm_row(const T* x, const A* weight, A eps, T* out, int64_t n) {
 // grad_weight += grad_out * round(n).
 template <typename A, typename T>
 inline void rmsnorm_backward_row(const T* grad_out, const T* x, const A* weight, A rstd, A* grad_x,
-                                 A* grad_weight, int64_t n) {
+                                 double* grad_weight, int64_t n) {
   const A projection = reduce<A>(n, [=](int64_t i) {
     return static_cast<A>(grad_out[i]) * weight[i] * (static_cast<A>(x[i]) * rstd);
   });
@@ -88,7 +88,7 @@ inline void add_row(const T* from, A* row, int64_t n) {
 
 // One row's share of the router's gradient: grad_x += z * weight, grad_weight += z * x.
 template <typename A, typename T>
-inline void router_backward_row(A z, const A* weight, const T* x, T* grad_x, A* grad_weight,
+inline void router_backward_row(A z, const A* weight, const T* x, T* grad_x, double* grad_weight,
                                 int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     grad_x[i] = static_cast<T>(static_cast<A>(grad_x[i]) + z * weight[i]);
@@ -97,26 +97,27 @@ inline void router_backward_row(A z, const A* weight, const T* x, T* grad_x, A* 
 }
 
 // Parameter gradients are summed over this many chunks of rows, whatever the number of threads, and
-// the partial sums are added in chunk order.
+// the partial sums are added in chunk order. They are sums over all rows, hence in double.
 constexpr int64_t kChunks = 16;
 
 // One gradient of `size` entries per chunk.
-template <typename A>
 class PartialSums {
  public:
   explicit PartialSums(int64_t size) : size_(size), sums_(kChunks * size) {}
-  A* chunk(int64_t c) { return sums_.data() + c * size_; }
+  double* chunk(int64_t c) { return sums_.data() + c * size_; }
+
+  template <typename A>
   void write(A* total) const {
     for (int64_t i = 0; i < size_; ++i) {
-      A sum = 0;
+      double sum = 0;
       for (int64_t c = 0; c < kChunks; ++c) sum += sums_[c * size_ + i];
-      total[i] = sum;
+      total[i] = static_cast<A>(sum);
     }
   }
 
  private:
   int64_t size_;
-  std::vector<A> sums_;
+  std::vector<double> sums_;
 };
 
 }  // namespace pmod::cpu

@@ -38,8 +38,8 @@ Pools list_pools(const char* op, const Plan& plan) {
   Pools pools;
   pools.first.resize(num_pools + 1);
   for_routable(plan, [&](int32_t row, int64_t p) {
-    STD_TORCH_CHECK(p >= 0 && p < num_pools, "pmod::", op, ": pool_id[", row, "]: expected 0..",
-                    num_pools - 1, ", got ", p);
+    check(p >= 0 && p < num_pools, "pmod_ops.", op, ": pool_id[", row, "]: expected 0..",
+          num_pools - 1, ", got ", p);
     ++pools.first[p + 1];
   });
   for (int64_t p = 0; p < num_pools; ++p) pools.first[p + 1] += pools.first[p];
@@ -92,9 +92,9 @@ std::tuple<Tensor, Tensor> select_rows(const char* op, const Tensor& logits, con
   const int64_t batch = plan.slot_start.numel();
   for (int64_t b = 0; b < batch; ++b) {
     const int64_t kept = std::count(keep.begin() + bounds[b], keep.begin() + bounds[b + 1], 1);
-    STD_TORCH_CHECK(kept == 0 || (start[b] >= 0 && start[b] + kept <= plan.num_slots), "pmod::", op,
-                    ": slot_start[", b, "]: expected room for ", kept, " rows in ", plan.num_slots,
-                    " slots, got ", start[b]);
+    check(kept == 0 || (start[b] >= 0 && start[b] + kept <= plan.num_slots), "pmod_ops.", op,
+          ": slot_start[", b, "]: expected room for ", kept, " rows in ", plan.num_slots,
+          " slots, got ", start[b]);
   }
   Tensor index = torch::stable::new_empty(plan.kind, {plan.num_slots}, ScalarType::Int);
   Tensor inverse = torch::stable::new_empty(plan.kind, {plan.kind.numel()}, ScalarType::Int);

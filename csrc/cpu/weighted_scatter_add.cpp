@@ -19,8 +19,9 @@ struct Arguments {
   int64_t rows, hidden, slots;
 };
 
-Arguments check(const char* op, const Tensor& x_arg, const Tensor& residual, const Tensor& update,
-                const Tensor& gate, const Tensor& inverse, const Tensor& kind) {
+Arguments check_arguments(const char* op, const Tensor& x_arg, const Tensor& residual,
+                          const Tensor& update, const Tensor& gate, const Tensor& inverse,
+                          const Tensor& kind) {
   Arguments a;
   a.x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
   a.rows = a.x.size(0);
@@ -81,7 +82,7 @@ std::tuple<Tensor, Tensor> weighted_scatter_add(const Tensor& x, const Tensor& r
                                                 const OptionalTensor& next_weight,
                                                 const OptionalTensor& next_bias) {
   const char* op = "weighted_scatter_add";
-  const Arguments a = check(op, x, residual, update, gate, inverse, kind);
+  const Arguments a = check_arguments(op, x, residual, update, gate, inverse, kind);
   Tensor out = torch::stable::new_empty(a.x, {a.rows, a.hidden});
   Tensor logits = scatter(op, a, gate_mlp, scale_skipped, next_weight, next_bias, out);
   return {out, logits};
@@ -93,7 +94,7 @@ Tensor weighted_scatter_add_in_place(const Tensor& x, const Tensor& residual, co
                                      const OptionalTensor& next_weight,
                                      const OptionalTensor& next_bias) {
   const char* op = "weighted_scatter_add_";
-  const Arguments a = check(op, x, residual, update, gate, inverse, kind);
+  const Arguments a = check_arguments(op, x, residual, update, gate, inverse, kind);
   check_mutable(op, "x", x, x);
   return scatter(op, a, gate_mlp, scale_skipped, next_weight, next_bias, x);
 }
@@ -127,7 +128,7 @@ struct BackwardRows {
     for (int64_t i = 0; i < hidden; ++i) grad_update[at + i] = static_cast<T>(g * A(grad[i]));
   }
 
-  void skipped(int64_t r, A* router_sums, A* bias_sum) const {
+  void skipped(int64_t r, double* router_sums, double* bias_sum) const {
     const T* grad = grad_out + r * hidden;
     const T* in = x + r * hidden;
     T* to = grad_x + r * hidden;
@@ -157,17 +158,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_
     const OptionalTensor& router_weight, const OptionalTensor& logits_arg, double gate_scale,
     int64_t activation) {
   const char* op = "weighted_scatter_add_backward";
-  const Arguments a = check(op, x, update, update, gate, inverse, kind);
+  const Arguments a = check_arguments(op, x, update, update, gate, inverse, kind);
   const int64_t hidden = a.hidden, folded = router_weight ? hidden : 0;
   const ScalarType acc = acc_type(a.x);
   const Tensor grad_out = matrix(op, "grad_out", grad_out_arg, a.x.scalar_type(), a.rows, hidden);
   const Gate gate_of_router = check_gate(op, gate_scale, 0, activation);
   OptionalTensor logits;
-  if (router_weight) {
-    STD_TORCH_CHECK(logits_arg && activation != static_cast<int64_t>(Activation::kSoftmax),
-                    "pmod::", op, ": router_weight: expected logits and a gate per row beside it");
-    logits = vector(op, "logits", *logits_arg, acc, a.rows);
-  }
+  check(router_weight.has_value() == logits_arg.has_value() &&
+            gate_of_router.activation != Activation::kSoftmax,
+        "pmod_ops.", op, ": router_weight: expected logits and a gate per row beside it");
+  if (logits_arg) logits = vector(op, "logits", *logits_arg, acc, a.rows);
   Tensor grad_x = torch::stable::new_empty(a.x, {a.rows, hidden});
   Tensor grad_residual = torch::stable::new_zeros(a.x, {a.slots, hidden});
   Tensor grad_update = torch::stable::new_zeros(a.x, {a.slots, hidden});
@@ -195,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_
                                       grad_update.mutable_data_ptr<T>(),
                                       grad_gate.mutable_data_ptr<A>(),
                                       hidden};
-    PartialSums<A> router_sums(folded), bias_sums(1);
+    PartialSums router_sums(folded), bias_sums(1);
     for_chunks(a.rows, [&](int64_t c, int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         if (backward.inverse[r] >= 0) {
