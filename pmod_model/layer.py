@@ -1,0 +1,274 @@
+"""The routed decoder layer: the only caller of pmod_ops.
+
+A pre-norm layer, x -> x + attention(norm(x)) -> ... + mlp(norm(...)), run on the tokens it keeps
+(p-MoD, arXiv:2412.04449). The backbone's own attention, MLP and norms do the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+from pmod_model.cache import RoutedCacheLayer, routed_cache_layer
+from pmod_model.configuration import PModConfig
+from pmod_model.context import RoutingContext
+from pmod_model.router import Router, ZeroGradient
+from pmod_ops import Routing, gather, gather_add_rmsnorm, route_gather, weighted_scatter_add
+
+# Norms of transformers that compute round(x * rstd) * weight, as the fused ops do.
+FUSED_NORMS = frozenset(
+    {
+        "GraniteRMSNorm",
+        "LlamaRMSNorm",
+        "MistralRMSNorm",
+        "Phi3RMSNorm",
+        "Qwen2RMSNorm",
+        "Qwen3RMSNorm",
+        "Qwen3VLTextRMSNorm",
+        "SmolLM3RMSNorm",
+    }
+)
+
+NO_NORM = (None, 0.0)  # weight and eps for ops that only gather
+
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
+
+
+class DenseLayer(_Base):
+    """Mixed into a layer without a router: it has no use for the routing context."""
+
+    def forward(
+        self, *args: Any, routing_context: RoutingContext | None = None, **kwargs: Any
+    ) -> Any:
+        """The backbone's forward."""
+        return super().forward(*args, **kwargs)
+
+
+class RoutedLayer(_Base):
+    """Mixed into a decoder layer whose tokens compete for its attention.
+
+    Attributes:
+        mod_router: the router.
+        pmod_config: settings of the gate.
+    """
+
+    mod_router: Router
+    pmod_config: PModConfig
+    self_attn: Any
+    mlp: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        position_embeddings: Any = None,
+        routing_context: RoutingContext | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states [B, S, D] of all tokens in, the same out.
+
+        With a plan, kept tokens run through the layer and skipped ones are weighted. Without one,
+        all run through it.
+        """
+        context = routing_context or RoutingContext(None, None)
+        routed = context.plan is not None
+        kwargs |= {
+            "past_key_values": past_key_values,
+            "position_embeddings": position_embeddings,
+        }
+        if routed:
+            return self.route_tokens(hidden_states, context, **kwargs)
+        num_tokens = hidden_states.shape[1]
+        cache = self._own_cache(past_key_values, context, num_tokens, num_tokens)
+        keys = _announce(cache, hidden_states, context.valid)
+        if cache is not None and cache.is_routed:
+            # model-wide masks count all tokens seen, so they fit only while none was dropped
+            attention_mask = self._mask(hidden_states, *keys)
+        out = super().forward(
+            hidden_states, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        if torch.is_grad_enabled():
+            out = ZeroGradient.apply(out, *self.mod_router(hidden_states))
+        return out
+
+    def route_tokens(
+        self,
+        x: Tensor,
+        context: RoutingContext,
+        *,
+        past_key_values: Any = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """One routed pass over x [B, S, D]; `context.plan` must know this layer."""
+        config, layer, plan = self.pmod_config, self.self_attn.layer_idx, context.plan
+        assert plan is not None
+        weight, bias = self.mod_router(x)
+        norm = fused_norm(self.input_layernorm, x)
+        # every op hands x on to the next, so that its gradient is summed in one buffer
+        routing, rows, x = route_gather(
+            x,
+            weight,
+            bias,
+            plan,
+            layer,
+            *(norm or NO_NORM),
+            gate_scale=config.gate_scale,
+            gate_bias=config.gate_bias,
+            activation=config.gate_activation,
+            layout="padded",
+            return_x=True,
+        )
+        if context.record is not None:
+            context.record.add(layer, routing)
+        ragged = len(set(plan.kept_per_sequence(layer))) > 1
+        num_slots = rows.shape[1]
+        cache = self._own_cache(past_key_values, context, num_slots, x.shape[1])
+        mask = self._mask(rows, *_announce(cache, rows, routing.mask if ragged else None))
+        if cache is not None:
+            cache.drop(num_slots, plan.kind.view(x.shape[:2]))
+        if num_slots == 0:  # attention modules cannot be called without tokens
+            return self._scatter(x, rows, rows, routing)
+        # position_ids would have gaps, which masks for packed batches take for new sequences
+        attn_out = self.self_attn(
+            hidden_states=rows if norm is not None else self.input_layernorm(rows),
+            attention_mask=mask,
+            position_ids=None,
+            past_key_values=past_key_values,
+            position_embeddings=gather_positions(position_embeddings, routing, x.shape[1]),
+            **kwargs,
+        )[0]
+        attn_out = self._scaled(attn_out, "resid_attn_dropout")
+        residual, rows, x = self._add_and_norm(x, attn_out, routing)
+        update = self._scaled(self.mlp(rows), "resid_mlp_dropout")
+        return self._scatter(x, residual, update.to(x.dtype), routing)
+
+    def _scatter(self, x: Tensor, residual: Tensor, update: Tensor, routing: Routing) -> Tensor:
+        config = self.pmod_config
+        return weighted_scatter_add(
+            x,
+            residual,
+            update,
+            routing,
+            gate_mlp=config.gate_mlp,
+            scale_skipped=config.scale_skipped,
+        )
+
+    def _add_and_norm(
+        self, x: Tensor, attn_out: Tensor, routing: Routing
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        attn_out = attn_out.to(x.dtype)  # under autocast the attention has another dtype
+        norm = fused_norm(self.post_attention_layernorm, x)
+        if norm is not None:
+            return gather_add_rmsnorm(x, attn_out, routing, *norm, return_x=True)
+        kept, x = gather(x, routing, return_x=True)
+        # attention leaves anything in filler slots, and their gradient must not pass through it
+        assert routing.mask is not None
+        residual = kept + attn_out.masked_fill(~routing.mask[..., None], 0)
+        return residual, self.post_attention_layernorm(residual), x
+
+    def _scaled(self, branch: Tensor, dropout: str) -> Tensor:
+        """What some backbones do to a branch before they add it (Phi-3, Granite)."""
+        if hasattr(self, dropout):
+            branch = getattr(self, dropout)(branch)
+        if hasattr(self, "residual_multiplier"):
+            multiplier: Any = self.residual_multiplier
+            branch = branch * multiplier
+        return branch
+
+    def _own_cache(
+        self, past_key_values: Any, context: RoutingContext, num_slots: int, num_tokens: int
+    ) -> RoutedCacheLayer | None:
+        if past_key_values is None:
+            return None
+        layer = self.self_attn.layer_idx
+        return routed_cache_layer(past_key_values, layer, context, num_slots, num_tokens)
+
+    def _mask(self, rows: Tensor, past: Any, total: int, valid: Tensor | None) -> Any:
+        """The causal mask of `rows` [B, slots, D] after `past` keys, over `total` keys."""
+        config = self.self_attn.config
+        implementation: str = config._attn_implementation
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+            batch_size=rows.shape[0],
+            q_length=rows.shape[1],
+            kv_length=total,
+            q_offset=past,
+            kv_offset=0,
+            mask_function=causal_mask_function if valid is None else _causal_over(valid),
+            # flash attention knows no mask function: it takes the filler out by itself
+            attention_mask=valid if "flash" in implementation else None,
+            allow_is_causal_skip=valid is None,
+            dtype=rows.dtype,
+            config=config,
+            use_vmap=False,
+            device=rows.device,
+        )
+
+
+def _causal_over(valid: Tensor) -> Callable[..., Any]:
+    """Causal attention to keys where `valid` [B, keys] is True.
+
+    A query always sees its own key. That changes nothing for tokens, and spares filler, which would
+    see none at all, a softmax over nothing: NaN, and NaN times zero in the backward pass.
+    """
+
+    def mask(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
+        return (kv_idx == q_idx) | ((kv_idx <= q_idx) & valid[batch_idx, kv_idx])
+
+    return mask
+
+
+def _announce(
+    cache: RoutedCacheLayer | None, rows: Tensor, valid: Tensor | None
+) -> tuple[Any, int, Tensor | None]:
+    """Tell the cache of the keys of `rows`; past keys, all keys, and which of all are real."""
+    num_slots = rows.shape[1]
+    if cache is None:
+        return 0, num_slots, valid
+    past, total = cache.past_length, cache.total_length(num_slots)
+    return past, total, cache.extend(valid, num_slots, like=rows)
+
+
+def fused_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, float] | None:
+    """Weight and eps for the fused ops, or None if only calling `norm` gives what it computes."""
+    untouched = (
+        type(norm).__name__ in FUSED_NORMS
+        and type(norm).__module__.startswith("transformers.")
+        and "forward" not in vars(norm)  # offloading and kernel libraries replace it
+        and not norm._forward_hooks
+        and not norm._forward_pre_hooks
+        and not norm._backward_hooks
+        and not norm._backward_pre_hooks
+    )
+    if not untouched:
+        return None
+    weight: Any = norm.weight
+    if type(weight) not in (nn.Parameter, Tensor) or weight.dtype != x.dtype:
+        return None
+    epsilon: Any = norm.variance_epsilon
+    return weight, float(epsilon)
+
+
+def gather_positions(embeddings: Any, routing: Routing, length: int) -> Any:
+    """Rotary tables of the kept tokens, each [..., B or 1, S, d] -> [..., B, max_kept, d]."""
+    if embeddings is None:
+        return None
+    rows = routing.index.clamp(min=0).long().view(routing.num_sequences, routing.max_kept)
+
+    def take(table: Tensor) -> Tensor:
+        if table.shape[-3] == 1:  # the same positions in every sequence
+            return table.squeeze(-3)[..., rows % length, :]
+        return table.flatten(-3, -2)[..., rows, :]
+
+    return tuple(take(table) for table in embeddings)

@@ -1,0 +1,163 @@
+"""What the model classes of a backbone learn when p-MoD is injected into them."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from inspect import Parameter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pmod_model.configuration import PModConfig
+from pmod_model.context import RoutingRecord, make_context
+from pmod_model.router import Router
+from pmod_model.targets import derive_target_mask
+
+VAR_KEYWORD = Parameter.VAR_KEYWORD
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
+
+
+class DecoderModel(_Base):
+    """Mixed into the text decoder: plans the routing of a batch, hands it to the layers.
+
+    Attributes:
+        pmod_config: the settings.
+        pmod_ratios: retention ratio of every routed layer.
+        pmod_tokens_per_image: see `pmod_model.targets.tokens_per_image`.
+    """
+
+    pmod_config: PModConfig
+    pmod_ratios: Mapping[int, float]
+    pmod_tokens_per_image: int | None
+
+    def forward(
+        self,
+        *args: Any,
+        target_mask: Tensor | None = None,
+        valid_mask: Tensor | None = None,
+        routing_records: list[RoutingRecord] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The backbone's forward; tokens where `target_mask` [B, S] is True are routed."""
+        inputs = by_name(super().forward, args, kwargs)
+        embeddings, input_ids = inputs.get("inputs_embeds"), inputs.get("input_ids")
+        hidden = embeddings if embeddings is not None else input_ids
+        if hidden is None:
+            return super().forward(**inputs)  # which says what is missing
+        if target_mask is not None:
+            self._refuse_packed(inputs)
+        context = make_context(
+            self.pmod_ratios,
+            hidden,
+            target_mask=target_mask,
+            attention_mask=inputs.get("attention_mask"),
+            valid_mask=valid_mask,
+            pool=self.pmod_config.pool,
+            tokens_per_image=self.pmod_tokens_per_image,
+            records=routing_records,
+        )
+        return super().forward(**inputs, routing_context=context)
+
+    def _refuse_packed(self, inputs: Mapping[str, Any]) -> None:
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
+            if inputs.get(name) is not None:
+                raise ValueError(f"{name}: expected None with target_mask, got a packed batch")
+        use_cache = inputs.get("use_cache")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        cached = inputs.get("past_key_values") is not None or (use_cache and not self.training)
+        positions: Any = inputs.get("position_ids")
+        if cached or inputs.get("attention_mask") is not None or getattr(positions, "ndim", 0) != 2:
+            return
+        # without mask and cache, transformers reads jumps in explicit positions as new sequences
+        if bool((positions.diff(dim=-1) != 1).any()):
+            raise ValueError(
+                "position_ids: expected consecutive positions, or an attention_mask, with"
+                " target_mask, got a packed batch"
+            )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Router):
+            module.reset()
+        else:
+            super()._init_weights(module)
+
+
+class MultimodalModel(_Base):
+    """Mixed into the model that owns the decoder: derives the target mask from the inputs."""
+
+    pmod_config: PModConfig
+
+    def forward(self, *args: Any, target_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """The backbone's forward; a missing `target_mask` [B, S] is derived from the inputs."""
+        inputs = by_name(super().forward, args, kwargs)
+        if target_mask is None:
+            target_mask = derive_target_mask(self.config, self.pmod_config, inputs)
+        if target_mask is not None:
+            inputs["target_mask"] = target_mask
+        return super().forward(**inputs)
+
+
+class GenerativeModel(_Base):
+    """Mixed into the model with the head: `forward` and `generate` accept `target_mask`."""
+
+    pmod_config: PModConfig
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, target_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Inputs of one step of `generate`; the target mask belongs to the prompt only."""
+        backbone: Any = super()
+        inputs = backbone.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        embeddings = inputs.get("inputs_embeds")
+        batch, length = (embeddings if embeddings is not None else inputs["input_ids"]).shape[:2]
+        mask = inputs.get("attention_mask")
+        if length > 1 and mask is not None and getattr(mask, "ndim", 0) != 2:
+            # a static cache comes with a mask made ready for attention: hand on the padding as well
+            valid = kwargs.get("attention_mask")
+            ones = torch.ones(batch, length, dtype=torch.bool, device=input_ids.device)
+            inputs["valid_mask"] = ones if valid is None else valid
+        if kwargs.get("is_first_iteration") and target_mask is not None:
+            inputs["target_mask"] = target_mask[:, -length:]
+        return inputs
+
+
+def with_target_mask(
+    forward: Callable[..., Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`forward` under the signature of `original` and a keyword argument `target_mask`.
+
+    Trainer and `generate` read there what a model accepts.
+    """
+
+    @functools.wraps(original)
+    def wrapper(self: Any, *args: Any, target_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if target_mask is not None:
+            kwargs["target_mask"] = target_mask
+        return forward(self, *args, **kwargs)
+
+    signature = inspect.signature(original)
+    parameters = {**signature.parameters}
+    rest = [
+        parameters.pop(name) for name in list(parameters) if parameters[name].kind is VAR_KEYWORD
+    ]
+    parameters["target_mask"] = Parameter("target_mask", Parameter.KEYWORD_ONLY, default=None)
+    everything = [*parameters.values(), *rest]
+    wrapper.__signature__ = signature.replace(parameters=everything)  # type: ignore[attr-defined]
+    return wrapper
+
+
+def by_name(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Positional and keyword arguments of `forward` as keywords."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(forward).parameters)
+    return dict(zip(names, args, strict=False)) | kwargs
