@@ -1,0 +1,1 @@
+"""Conversation records, images, and what turns them into token ids and labels."""

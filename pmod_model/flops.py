@@ -1,0 +1,86 @@
+"""Arithmetic and key-value cache of one prefill, counted from a config (arXiv:2412.04449, table 1).
+
+The paper's figure counts the linear layers of the decoder and the head, 2 per multiply-add, over
+t text and N vision tokens, of which layer l processes k_l:
+
+    sum over layers of 2 (4 h^2 + 3 h m) (t + k_l)  +  2 h V (t + N)
+
+Attention scores, the vision tower and the router (2 h N per routed layer) are not in it.
+`attention_flops` adds what the paper leaves out of attention: scores and weighted sums of each
+token with itself and the kept tokens before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class DecoderSize:
+    """Sizes of a Llama-style decoder; the widths of queries and of keys are heads x head width."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    query_width: int
+    kv_width: int
+
+    @classmethod
+    def of(cls, text_config: Any) -> DecoderSize:
+        """Sizes from the text config of a transformers model."""
+        heads = text_config.num_attention_heads
+        head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+        kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
+        return cls(
+            text_config.num_hidden_layers,
+            text_config.hidden_size,
+            text_config.intermediate_size,
+            text_config.vocab_size,
+            heads * head_dim,
+            kv_heads * head_dim,
+        )
+
+
+def kept_per_layer(ratios: Mapping[int, float], num_layers: int, vision_tokens: int) -> list[int]:
+    """k_l of every layer: N in a dense one, int(float32(N) * float32(ratio)) in a routed one."""
+    return [
+        int(np.float32(vision_tokens) * np.float32(ratios[layer]))
+        if layer in ratios
+        else vision_tokens
+        for layer in range(num_layers)
+    ]
+
+
+def linear_flops(
+    size: DecoderSize, text_tokens: int, vision_tokens: int, kept: Sequence[int]
+) -> int:
+    """Operations of the decoder's linear layers and head in one prefill, as the paper counts them.
+
+    Args:
+        size: the decoder.
+        text_tokens: tokens that every layer processes.
+        vision_tokens: tokens of the images, before any is skipped.
+        kept: how many of them each layer processes.
+    """
+    projections = (
+        2 * size.hidden * (size.query_width + size.kv_width)
+    )  # queries and output, keys and values
+    block = 2 * (projections + 3 * size.hidden * size.intermediate)
+    head = 2 * size.hidden * size.vocabulary * (text_tokens + vision_tokens)
+    return head + block * sum(text_tokens + k for k in kept)
+
+
+def attention_flops(size: DecoderSize, text_tokens: int, kept: Sequence[int]) -> int:
+    """Operations of causal attention itself: 2 products of `query_width` per pair of tokens."""
+    pairs = sum((text_tokens + k) * (text_tokens + k + 1) // 2 for k in kept)
+    return 4 * size.query_width * pairs
+
+
+def kv_bytes(size: DecoderSize, text_tokens: int, kept: Sequence[int], element_bytes: int) -> int:
+    """Bytes of all keys and values after the prefill; with 0 `text_tokens`, of vision alone."""
+    return 2 * size.kv_width * element_bytes * sum(text_tokens + k for k in kept)

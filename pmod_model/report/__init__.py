@@ -1,0 +1,1 @@
+"""The page and the tables that compare a p-MoD run with its dense twin."""

@@ -1,0 +1,246 @@
+"""The command line: a run from training to report, speed of the help, and errors of one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from pmod_model.cli import main
+from pmod_model.data.dataset import ConversationDataset
+from pmod_model.report import prefill
+
+UserData = Callable[[int], tuple[Path, Path]]
+TINY = ["--steps", "2", "--batch-size", "4", "--turns", "3", "--hidden-size", "32", "--layers", "4"]
+
+
+@pytest.fixture(autouse=True)
+def progress_bars() -> Iterator[None]:
+    """Restore what the command silences."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    logging.enable_progress_bar()
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], status: int = 1) -> str:
+    """The one line that `pmod arguments` leaves on stderr, after the progress bar if there was one."""
+    assert main(arguments) == status
+    bar, _, line = capsys.readouterr().err.strip().rpartition("\n")
+    assert not bar or "it/s]" in bar, bar
+    assert "Traceback" not in line
+    return line
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the runs `pmod` and `dense`, trained for two steps on easy-VQA."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in (("pmod", []), ("dense", ["--dense"])):
+        assert main(["train", "--output", str(folder / name), *TINY, *options]) == 0
+    return folder
+
+
+def test_help_does_not_import_torch() -> None:
+    code = (
+        "import sys; from pmod_model.cli import main; status = main(['--help']);"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules);"
+        "sys.exit(f'imported {heavy}' if heavy or status else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("train", "generate", "evaluate", "report"))
+
+
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "report"])
+def test_help_of_a_command_shows_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"Example: pmod {command}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_from_training_to_report(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(prefill, "SECONDS", 0.1)
+    facts = json.loads((runs / "pmod" / "run.json").read_text())
+    assert facts["model"] == "p-MoD"
+    assert facts["ratios"] == pytest.approx({"1": 0.75, "2": 0.25, "3": 0.15})
+    assert sorted(entry.name for entry in (runs / "pmod").iterdir()) == facts["files"]
+    assert not list((runs / "pmod").glob("*.bin"))
+    for name in ("pmod", "dense"):
+        arguments = [
+            "evaluate",
+            "--model",
+            str(runs / name),
+            "--limit",
+            "6",
+            "--max-new-tokens",
+            "2",
+        ]
+        assert main(arguments) == 0
+        evaluation = json.loads((runs / name / "evaluation.json").read_text())
+        assert evaluation["total"] == 6
+    arguments = ["generate", "--model", str(runs / "pmod"), "--image", "easy-vqa:3"]
+    assert main([*arguments, "--prompt", "what color is it?", "--max-new-tokens", "2"]) == 0
+    capsys.readouterr()
+    page = tmp_path / "report.html"
+    arguments = ["report", str(runs / "pmod"), str(runs / "dense"), "--output", str(page)]
+    assert main([*arguments, "--examples", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert str(page) in shown.replace("\n", "")
+    text = page.read_text()
+    assert text.count('class="example"') == 2
+    pictures = 1 + 1 + 3  # the image, the dense layer, the routed layers
+    assert text.count("data:image/png;base64,") == 2 * pictures
+    assert "not recorded" not in text
+
+
+def test_twins_start_from_the_same_weights_and_see_the_same_batches(runs: Path) -> None:
+    losses = [
+        json.loads((runs / name / "run.json").read_text())["losses"][0][1]
+        for name in ("pmod", "dense")
+    ]
+    # before the first update p-MoD differs by which tokens it skips, not by its weights or its data
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.2)
+
+
+def test_training_is_repeatable(runs: Path, tmp_path: Path) -> None:
+    assert main(["train", "--output", str(tmp_path / "again"), *TINY]) == 0
+    first, again = (f / "model.safetensors" for f in (runs / "pmod", tmp_path / "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_users_own_data_and_checkpoint(
+    runs: Path,
+    tmp_path: Path,
+    user_data: UserData,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    epochs: set[int] = set()
+    monkeypatch.setattr(ConversationDataset, "set_epoch", lambda self, epoch: epochs.add(epoch))
+    data, folder = user_data(4)
+    own = ["--data", str(data), "--image-folder", str(folder)]
+    arguments = ["train", "--output", str(tmp_path / "own"), "--model", str(runs / "dense")]
+    assert main([*arguments, *own, *TINY[:4], "--pmod", "mean_ratio=0.3"]) == 0
+    facts = json.loads((tmp_path / "own" / "run.json").read_text())
+    assert facts["pmod"]["mean_ratio"] == 0.3
+    assert epochs == {0, 1}  # two steps of all four records: turns are drawn anew
+    assert main(["evaluate", "--model", str(tmp_path / "own"), *own, "--max-new-tokens", "1"]) == 0
+    line = fails(capsys, ["evaluate", "--model", str(tmp_path / "own")])
+    assert "--data: expected a file of held-out questions" in line
+
+
+BAD_OPTIONS = [
+    ("{train} --pmod mean_ration=1", 2, 'unknown field "mean_ration"; did you mean "mean_ratio"'),
+    ("{train} --pmod mean_ratio=1.5", 2, "expected a number in [0, 1], got 1.5"),
+    ("{train} --pmod mean_ratio", 2, "expected field=value"),
+    ("{train} --dense --pmod mean_ratio=1", 2, "--pmod: expected no settings with --dense"),
+    ("{train} --steps 0", 1, "--steps: expected an integer >= 1, got 0"),
+    ("{train} --steps x", 2, "--steps"),
+    ("{train} --learning-rate nan", 1, "--learning-rate: expected a number in (0, 1), got nan"),
+    ("{train} --patch-size 7", 1, "--patch-size: expected a divisor of --image-size 64, got 7"),
+    ("{train} --data absent.json", 1, "absent.json"),
+    ("{train} --model absent", 1, "expected a folder with a saved model"),
+    ("{train} --model {runs}/pmod --dense", 1, "a dense model with --dense, got a p-MoD model"),
+    ("{ask} --prompt ''", 1, "--prompt: expected a question, got ''"),
+    (
+        "{ask} --prompt color --max-new-tokens 0",
+        1,
+        "--max-new-tokens: expected an integer >= 1, got 0",
+    ),
+    ("{ask} --prompt color --max-new-tokens 5000", 1, "prompt: expected at most 2048 tokens"),
+    ("{ask} --prompt color --threads -1", 2, "--threads: expected an integer >= 0, got -1"),
+    ("generate --model x --prompt x --image absent.png", 1, "absent.png"),
+    ("generate --model x --prompt x --image easy-vqa:x", 1, "--image: expected easy-vqa:NUMBER"),
+    ("generate --image x", 2, "Missing option"),
+    ("evaluate --model {runs}", 1, "expected a folder made by pmod train"),
+    ("evaluate --model {runs}/pmod --limit -1", 1, "--limit"),
+    ("report {runs}/dense {runs}/pmod", 1, "expected a p-MoD run, got a dense run"),
+    ("report {runs}/pmod {runs}/dense --examples 0", 1, "--examples"),
+    ("nonsense", 2, "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("command", "status", "message"), BAD_OPTIONS)
+def test_bad_option_is_named(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ask = f"generate --model {runs}/pmod --image easy-vqa:3"
+    arguments = shlex.split(command.format(train="train --output new", ask=ask, runs=runs))
+    line = fails(capsys, arguments, status)
+    assert line.startswith("pmod"), line
+    assert message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_files_are_not_overwritten(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "report.html"
+    page.write_text("mine")
+    line = fails(capsys, ["report", str(runs / "pmod"), str(runs / "dense"), "--output", str(page)])
+    assert str(page) in line
+    assert page.read_text() == "mine"
+    line = fails(capsys, ["train", "--output", str(tmp_path), "--overwrite"])
+    assert "report.html" in line
+
+
+def test_terminated_training_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def terminate(self: ConversationDataset, epoch: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ConversationDataset, "set_epoch", terminate)
+    line = fails(capsys, ["train", "--output", str(tmp_path / "run"), *TINY], 130)
+    assert "interrupted" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_data_leaves_nothing(
+    tmp_path: Path, user_data: UserData, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, folder = user_data(4)
+    before = sorted(tmp_path.iterdir())
+    own = [
+        "train",
+        "--output",
+        str(tmp_path / "run"),
+        "--data",
+        str(data),
+        "--image-folder",
+        str(folder),
+    ]
+    picture = next(folder.iterdir())
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:-30])
+    line = fails(capsys, [*own, *TINY])
+    assert picture.name in line
+    assert "a complete, readable image" in line
+    assert "record" in line
+    picture.unlink()
+    assert "an existing image file" in fails(capsys, [*own, *TINY])
+    assert sorted(tmp_path.iterdir()) == before
