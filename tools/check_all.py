@@ -25,6 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "docs" / "check-all.json"
 WORK = ROOT / "build" / "check-all"
+BIN = Path(sys.executable).parent
 SOURCES = (
     *("csrc", "pmod_ops", "pmod_model", "tests", "bench", "tools", ".ci"),
     *("CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile"),
@@ -101,7 +102,8 @@ def pytest_step(name: str, *arguments: str, env: Mapping[str, str] = {}) -> dict
     """Runs pytest with nothing left out but the test of the record; returns its counts."""
     report = WORK / f"{name}.xml"
     run(
-        *(sys.executable, "-m", "pytest", "-m", "", f"--junitxml={report}"),
+        *(BIN / "pytest", "-n", "logical", "--maxprocesses", "4", "-m", ""),
+        f"--junitxml={report}",
         *("--deselect", STATUS_TEST, *arguments),
         env=env,
     )
@@ -123,7 +125,8 @@ def check_sanitized() -> dict[str, int]:
     ]
     return pytest_step(
         "sanitized",
-        *("tests/ops", "-p", "no:xdist", "-k", "not compile and not inductor"),
+        # The second file proves that it is the sanitized package that is tested.
+        *("tests/ops", "tests/build/test_installed_package.py", "-m", "not compile and not slow"),
         # No search for leaks: the interpreter itself has some.
         env={
             "PYTHONPATH": str(target),

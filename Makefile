@@ -1,0 +1,79 @@
+# Every command sets up what it needs in $(VENV) and can be run again. Variables, as NAME=value:
+#   VENV         the virtual environment to use                    (.venv)
+#   PYTHON       the Python it is made from                        (python3)
+#   TORCH        the torch to install into it                      (torch==2.13.0)
+#   TORCH_INDEX  where pip takes that torch from; empty: as pip is configured. PyPI's torch brings
+#                several GB of CUDA; the CPU build: TORCH_INDEX=https://download.pytorch.org/whl/cpu
+#   ARGS         more arguments for pytest                         (empty)
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+ARGS ?=
+
+BIN := $(abspath $(VENV))/bin
+export PATH := $(BIN):$(PATH)
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+# One worker a core, each with one torch thread. A later -n in ARGS wins: ARGS="-n 0 -k route".
+PYTEST := $(BIN)/pytest -n logical --maxprocesses 4
+PY_SOURCES := $(wildcard pmod_ops pmod_model tests bench tools setup.py)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+BUILD_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml tools/backend.py \
+	tools/toolchain.py tools/torchfind.py
+
+.PHONY: help demo test lint bench format check-all check-all-status clean
+
+help:  ## list the commands
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | \
+		awk -F '\t' '{ printf "  make %-18s %s\n", $$1, $$2 }'
+
+demo: $(VENV)/.installed  ## train p-MoD and a dense twin on easy-VQA and write build/demo/report.html
+	$(BIN)/pmod train --output build/demo/pmod --overwrite $(ARGS)
+	$(BIN)/pmod train --dense --output build/demo/dense --overwrite $(ARGS)
+	$(BIN)/pmod evaluate --model build/demo/pmod
+	$(BIN)/pmod evaluate --model build/demo/dense
+	$(BIN)/pmod generate --model build/demo/pmod --image easy-vqa:3 \
+		--prompt "what color is the shape?" --prompt "what shape is in the image?" \
+		--prompt "is there a circle?"
+	$(BIN)/pmod report build/demo/pmod build/demo/dense --output build/demo/report.html
+
+test: $(VENV)/.installed  ## run the tests on the CPU
+	$(PYTEST) $(ARGS)
+
+lint: $(VENV)/.installed  ## check formatting, style, types and C++ with every linter
+	$(BIN)/ruff format --check $(PY_SOURCES)
+	$(BIN)/ruff check $(PY_SOURCES)
+	$(BIN)/codespell
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/run-clang-tidy.py -quiet -p build/cmake -clang-tidy-binary $(BIN)/clang-tidy csrc/
+
+bench: $(VENV)/.installed  ## time every op
+	$(BIN)/pytest bench --benchmark-enable --benchmark-only $(ARGS)
+
+format: $(VENV)/.installed  ## rewrite the sources in the project's format
+	$(BIN)/ruff format $(PY_SOURCES)
+	$(BIN)/ruff check --fix $(PY_SOURCES)
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+check-all: $(VENV)/.installed  ## run every check there is, record it in docs/check-all.json
+	$(BIN)/python tools/check_all.py --torch '$(TORCH)'
+
+check-all-status: $(VENV)/.installed  ## say whether docs/check-all.json was made from these sources
+	@$(BIN)/python tools/check_all.py --status
+
+clean:  ## remove everything that was built; the virtual environment stays
+	rm -rf build dist *.egg-info pmod_ops/*.so .pytest_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.installed
+
+# Torch comes first and alone: a plain `pip install .` would let pip choose another, larger one.
+$(VENV)/.created:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) '$(TORCH)'
+	$(PIP) 'setuptools>=77' cmake ninja
+	touch $@
+
+# Without isolation the build tree and its tools stay: a change of one file compiles one file.
+$(VENV)/.installed: $(VENV)/.created $(BUILD_INPUTS)
+	$(PIP) --no-build-isolation --editable '.[model,demo,dev]'
+	touch $@
