@@ -121,7 +121,8 @@ def check_slots(op: str, argument: str, rows: Any, routing: Routing, x: Tensor) 
     shape: tuple[int, ...] = (routing.index.shape[0], hidden)
     if routing.layout == "padded":
         shape = (routing.num_sequences, routing.max_kept, hidden)
-    if isinstance(rows, Tensor) and torch.is_autocast_enabled(x.device.type):
+    autocast = torch.is_autocast_enabled(x.device.type)
+    if autocast and isinstance(rows, Tensor) and rows.is_floating_point():
         rows = rows.to(x.dtype)
     check_tensor(op, argument, rows, dims=(2, 3), dtypes=(x.dtype,), like=x)
     shapes = [shape]

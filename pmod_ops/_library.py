@@ -32,15 +32,8 @@ def autograd(
     op: str,
     setup: Callable[[Any, tuple[Any, ...], Any], None],
     backward: Callable[..., Any],
-) -> Callable[..., Any]:
-    """Register first-order gradients of `op`; return its chained form.
-
-    The chained form takes x of any leading shape as first argument, and returns the outputs of the
-    op and x, for the next reader. x then has one gradient buffer, which each backward op down the
-    chain updates in place, where plain autograd would add up one dense gradient per reader.
-
-    `backward(ctx, *grads, grad_x=None)` receives the gradient of the returned x as `grad_x`.
-    """
+) -> None:
+    """Register the first-order gradients of `op`."""
 
     def first_order(ctx: Any, *grads: Any) -> Any:
         refuse_double_backward(op)
@@ -51,6 +44,20 @@ def autograd(
         setup(ctx, inputs, output)
 
     torch.library.register_autograd(f"pmod::{op}", first_order, setup_context=setup_op, lib=_LIB)
+
+
+def chain(
+    op: str,
+    setup: Callable[[Any, tuple[Any, ...], Any], None],
+    backward: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The form of `op` that also returns x, for the next reader.
+
+    It takes x of any leading shape first, and returns the outputs of the op and x. x then has one
+    gradient buffer, which each backward op down the chain updates in place, where plain autograd
+    would add up one dense gradient per reader. `backward(ctx, *grads, grad_x=None)` receives the
+    gradient of the returned x as `grad_x`.
+    """
     call = getattr(torch.ops.pmod, op)
 
     class Chain(torch.autograd.Function):
@@ -61,7 +68,9 @@ def autograd(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_op(ctx, inputs, output[:-1] if len(output) > 2 else output[0])
+            ctx.set_materialize_grads(False)
+            ctx.feeds = receiver(inputs[0])
+            setup(ctx, inputs, output[:-1] if len(output) > 2 else output[0])
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
@@ -69,7 +78,38 @@ def autograd(
             return backward(ctx, *grads[:-1], grad_x=grads[-1])
 
     Chain.__name__ = f"{op}_chain"
-    return Chain.apply
+
+    def apply(x: Tensor, *args: Any) -> Any:
+        *outputs, passed = Chain.apply(x, *args)
+        return (*outputs, same_chain(passed, x))
+
+    return apply
+
+
+def receiver(x: Tensor) -> Any:
+    """The autograd node that the gradient of x goes to; None for a leaf and under compile."""
+    return None if torch.compiler.is_compiling() else x.grad_fn
+
+
+def same_chain(passed: Tensor, x: Tensor) -> Tensor:
+    """`passed`, known as the x of the chain that x belongs to."""
+    mark = chain_mark(x)
+    if mark is not None:
+        passed._pmod_chain = mark  # pyright: ignore[reportAttributeAccessIssue]
+    return passed
+
+
+def start_chain(x: Tensor) -> object:
+    """Mark a returned x, so that it is recognised when it comes back unchanged."""
+    mark = object()
+    if not torch.compiler.is_compiling():
+        x._pmod_chain = mark  # pyright: ignore[reportAttributeAccessIssue]
+    return mark
+
+
+def chain_mark(x: Tensor) -> object | None:
+    """The mark of x; None if x is not what an op returned, and under compile."""
+    return None if torch.compiler.is_compiling() else getattr(x, "_pmod_chain", None)
 
 
 def refuse_double_backward(op: str) -> None:
@@ -84,27 +124,40 @@ def flat(x: Tensor) -> Tensor:
 
 
 class GradientBuffer:
-    """The gradient of x on its way down a chain of readers."""
+    """The gradient of x on its way down a chain of readers.
 
-    def __init__(self, grad_x: Tensor | None, x: Tensor) -> None:
-        # Only a buffer that one of our backward ops made is known to have no other owner.
+    A buffer is updated in place only if the backward op of the next reader made it for the node at
+    hand and autograd holds it nowhere else; a gradient that came another way, or that the caller
+    asked for too, is copied first.
+    """
+
+    def __init__(self, grad_x: Tensor | None, x: Tensor, ctx: Any) -> None:
         self.accumulate = grad_x is not None
+        self.feeds = getattr(ctx, "feeds", None)
         if grad_x is None:
             grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        elif not (getattr(grad_x, "_pmod_owned", False) and grad_x.is_contiguous()):
+        elif not is_ours(grad_x, ctx):
             grad_x = grad_x.clone(memory_format=torch.contiguous_format)
         self.tensor = grad_x
         self.rows = grad_x.view(-1, x.shape[-1])
 
     def release(self) -> Tensor:
         """Hand the buffer to the previous reader of the chain."""
-        return own(self.tensor)
+        return hand_over(self.tensor, self.feeds)
 
 
-def own(grad_x: Tensor) -> Tensor:
-    """Mark a freshly made gradient of x as free to be updated in place by the next backward op."""
+def is_ours(grad_x: Tensor, ctx: Any) -> bool:
+    """Whether `grad_x` was made for `ctx` by a backward op and has no other holder."""
+    if torch.compiler.is_compiling() or getattr(grad_x, "_pmod_for", None) is not ctx:
+        return False
+    count = getattr(grad_x, "_use_count", None)  # private: a torch without it gets a copy
+    return count is not None and count() == 1 and grad_x.is_contiguous()
+
+
+def hand_over(grad_x: Tensor, node: Any) -> Tensor:
+    """`grad_x`, free to be updated in place by the backward of `node` and by nobody else."""
     if not torch.compiler.is_compiling():
-        grad_x._pmod_owned = True  # pyright: ignore[reportAttributeAccessIssue]
+        grad_x._pmod_for = node  # pyright: ignore[reportAttributeAccessIssue]
     return grad_x
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmod_ops._checks import check_routing, check_rows
-from pmod_ops._library import GradientBuffer, autograd, define, fake, flat
+from pmod_ops._checks import check_routing, check_rows, fail
+from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat
 from pmod_ops.routing import Layout, Routing
 
 define("gather(Tensor x, Tensor index) -> Tensor")
@@ -35,12 +35,13 @@ def _backward(ctx: Any, grad_rows: Tensor | None, *, grad_x: Tensor | None = Non
     x, index = ctx.saved_tensors
     if grad_rows is None:
         return grad_x, None
-    buffer = GradientBuffer(grad_x, x)
+    buffer = GradientBuffer(grad_x, x, ctx)
     torch.ops.pmod.gather_backward_(buffer.rows, grad_rows, index, buffer.accumulate)
     return buffer.release(), None
 
 
-_gather_chain = autograd("gather", _setup, _backward)
+autograd("gather", _setup, _backward)
+_gather_chain = chain("gather", _setup, _backward)
 
 
 def gather(
@@ -61,11 +62,12 @@ def gather(
 
     Raises:
         TypeError: x is not a tensor or of an unsupported dtype.
-        ValueError: the routing was made for another number of rows or another device.
+        ValueError: the routing was made for another number of rows or another device, or the
+            layout is unknown.
     """
     check_rows("gather", "x", x)
     check_routing("gather", routing, x)
-    routing, mask = as_layout(routing, layout)
+    routing, mask = as_layout("gather", routing, layout)
     if return_x and x.requires_grad:
         rows, x = _gather_chain(x, routing.index)
     else:
@@ -73,16 +75,14 @@ def gather(
     return results(routing.rows(rows), mask, x if return_x else None)
 
 
-def as_layout(routing: Routing, layout: Layout | None) -> tuple[Routing, Tensor | None]:
+def as_layout(op: str, routing: Routing, layout: Layout | None) -> tuple[Routing, Tensor | None]:
     """The routing in the layout asked for, and the mask that goes with an explicit "padded"."""
     if layout is None or (layout == "packed" and routing.layout == "packed"):
         return routing, None
     if layout == "padded":
         routing = routing.padded()
         return routing, routing.mask
-    raise ValueError(
-        f"pmod_ops: layout: expected None or 'padded' for {routing.layout} rows, got {layout!r}"
-    )
+    return fail(op, "layout", f"None or 'padded' for {routing.layout} rows", repr(layout))
 
 
 def results(*tensors: Tensor | None) -> Any:

@@ -15,7 +15,7 @@ from pmod_ops._checks import (
     check_slots,
     check_vector,
 )
-from pmod_ops._library import GradientBuffer, autograd, define, fake, flat
+from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat
 from pmod_ops.gather import results
 from pmod_ops.routing import Routing
 
@@ -71,7 +71,7 @@ def _backward(
     x, residual, index, norm_weight, rstd = ctx.saved_tensors
     if grad_residual is None and grad_rows is None:
         return grad_x, None, None, None, None
-    buffer = GradientBuffer(grad_x, x)
+    buffer = GradientBuffer(grad_x, x, ctx)
     grad_attn_out, grad_norm_weight = torch.ops.pmod.gather_add_rmsnorm_backward_(
         buffer.rows,
         grad_residual,
@@ -85,7 +85,8 @@ def _backward(
     return buffer.release(), grad_attn_out, None, grad_norm_weight.to(norm_weight.dtype), None
 
 
-_gather_add_rmsnorm_chain = autograd("gather_add_rmsnorm", _setup, _backward)
+autograd("gather_add_rmsnorm", _setup, _backward)
+_gather_add_rmsnorm_chain = chain("gather_add_rmsnorm", _setup, _backward)
 
 
 def gather_add_rmsnorm(
@@ -131,4 +132,5 @@ def gather_add_rmsnorm(
         residual, rows, _rstd = torch.ops.pmod.gather_add_rmsnorm(
             flat(x), attn, routing.index, weight, eps
         )
-    return results(routing.rows(residual), routing.rows(rows), x if return_x else None)
+    shape = attn_out.shape
+    return results(residual.view(shape), rows.view(shape), x if return_x else None)

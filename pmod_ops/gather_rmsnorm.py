@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pmod_ops._checks import acc_dtype, check_eps, check_routing, check_rows, check_vector
-from pmod_ops._library import GradientBuffer, autograd, define, fake, flat
+from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat
 from pmod_ops.gather import as_layout, results
 from pmod_ops.routing import Layout, Routing
 
@@ -55,14 +55,15 @@ def _backward(
     x, index, norm_weight, rstd = ctx.saved_tensors
     if grad_rows is None:
         return grad_x, None, None, None
-    buffer = GradientBuffer(grad_x, x)
+    buffer = GradientBuffer(grad_x, x, ctx)
     grad_norm_weight = torch.ops.pmod.gather_rmsnorm_backward_(
         buffer.rows, grad_rows, flat(x), index, norm_weight, rstd, buffer.accumulate
     )
     return buffer.release(), None, grad_norm_weight.to(norm_weight.dtype), None
 
 
-_gather_rmsnorm_chain = autograd("gather_rmsnorm", _setup, _backward)
+autograd("gather_rmsnorm", _setup, _backward)
+_gather_rmsnorm_chain = chain("gather_rmsnorm", _setup, _backward)
 
 
 def gather_rmsnorm(
@@ -100,7 +101,7 @@ def gather_rmsnorm(
     check_routing("gather_rmsnorm", routing, x)
     check_eps("gather_rmsnorm", eps)
     weight = check_vector("gather_rmsnorm", "norm_weight", norm_weight, x)
-    routing, mask = as_layout(routing, layout)
+    routing, mask = as_layout("gather_rmsnorm", routing, layout)
     if return_x and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         rows, _rstd, x = _gather_rmsnorm_chain(x, routing.index, weight, eps)
     else:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from pmod_ops._checks import check_tensor, fail
 from pmod_ops.routing import Layout
 
 PADDING, ROUTABLE, ALWAYS = 0, 1, 2
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +75,19 @@ class RoutingPlan:
         check_tensor(op, "target_mask", target_mask, dims=(2,), dtypes=(torch.bool,))
         kind = torch.where(target_mask, ROUTABLE, ALWAYS).to(torch.uint8)
         if valid_mask is not None:
-            check_tensor(op, "valid_mask", valid_mask, shape=target_mask.shape, like=target_mask)
+            dtypes = (torch.bool, *INTEGERS)
+            check_tensor(
+                op,
+                "valid_mask",
+                valid_mask,
+                shape=target_mask.shape,
+                dtypes=dtypes,
+                like=target_mask,
+            )
             kind = kind.masked_fill(valid_mask == 0, PADDING)
         if pool_id is not None:
-            integers = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-            check_tensor(
-                op, "pool_id", pool_id, shape=target_mask.shape, dtypes=integers, like=target_mask
-            )
+            shape = target_mask.shape
+            check_tensor(op, "pool_id", pool_id, shape=shape, dtypes=INTEGERS, like=target_mask)
         batch, length = target_mask.shape
         host_kind = kind.cpu() if pool_id is None else None
         dense_pool: Tensor | None = None
@@ -129,14 +137,13 @@ class RoutingPlan:
                 f"{batch} entries, one per sequence",
                 len(routable_per_pool),
             )
-        routable = [[n] if isinstance(n, int) else list(n) for n in routable_per_pool]
-        for name, counts in (
-            ("routable_per_pool", [n for pools in routable for n in pools]),
-            ("always_per_sequence", always_per_sequence),
-        ):
-            for i, n in enumerate(counts):
-                if n < 0:
-                    fail(op, f"{name}[{i}]", "a count >= 0", n)
+        routable = []
+        for b, given in enumerate(routable_per_pool):
+            pools: Any = given if _several(given) else [given]
+            routable.append([_count(op, f"routable_per_pool[{b}]", n) for n in pools])
+        always = [
+            _count(op, f"always_per_sequence[{b}]", n) for b, n in enumerate(always_per_sequence)
+        ]
         if pool_id is None and any(len(pools) != 1 for pools in routable):
             fail(op, "pool_id", "an int32 tensor, because a sequence has several pools", None)
         if pool_id is not None:
@@ -145,9 +152,9 @@ class RoutingPlan:
             check_tensor(op, "cu_seqlens", cu_seqlens, shape=(batch + 1,), dtypes=(torch.int32,))
         elif len(cu_seqlens) != batch + 1:
             fail(op, "cu_seqlens", f"{batch + 1} entries", len(cu_seqlens))
-        plan = cls._build(kind, cu_seqlens, routable, list(always_per_sequence), ratios, pool_id)
+        plan = cls._build(kind, cu_seqlens, routable, always, ratios, pool_id)
         if kind.device.type == "cpu":
-            _check_counts(op, plan, routable, always_per_sequence)
+            _check_counts(op, plan, routable, always)
         return plan
 
     @classmethod
@@ -160,6 +167,9 @@ class RoutingPlan:
         ratios: Mapping[int, float],
         pool_id: Tensor | None,
     ) -> RoutingPlan:
+        if not isinstance(ratios, Mapping):
+            got = type(ratios).__name__
+            raise TypeError(f"pmod_ops.RoutingPlan: ratios: expected a mapping, got {got}")
         layers = tuple(sorted(ratios))
         counts = torch.tensor([n for pools in routable for n in pools], dtype=torch.float32)
         shares = torch.tensor(
@@ -262,6 +272,23 @@ def check_plan(op: str, plan: Any, x: Tensor) -> None:
         fail(op, "plan", f"one made for the {rows} rows of x", f"{plan.num_rows} rows")
     if plan.kind.device != x.device:
         fail(op, "plan", f"device {x.device} like x", plan.kind.device)
+
+
+def _several(pools: object) -> bool:
+    return isinstance(pools, Sequence | Tensor) and not (
+        isinstance(pools, Tensor) and not pools.ndim
+    )
+
+
+def _count(op: str, name: str, value: SupportsIndex) -> int:
+    try:
+        count = operator.index(value)
+    except TypeError:
+        message = f"pmod_ops.{op}: {name}: expected an integer >= 0, got {value!r}"
+        raise TypeError(message) from None
+    if count < 0:
+        fail(op, name, "a count >= 0", count)
+    return count
 
 
 def _ratio(layer: int, ratio: float) -> float:

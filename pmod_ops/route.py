@@ -19,7 +19,7 @@ from pmod_ops._checks import (
     check_vector,
     fail,
 )
-from pmod_ops._library import GradientBuffer, autograd, define, fake, flat
+from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat, start_chain
 from pmod_ops.plan import RoutingPlan, check_plan
 from pmod_ops.routing import Layout, RouterGradient, Routing
 
@@ -104,7 +104,7 @@ def _backward(
     x, weight, logits, kind, cu_seqlens = ctx.saved_tensors
     if grad_logits is None and grad_gate is None:
         return (grad_x,) + (None,) * 11
-    buffer = GradientBuffer(grad_x, x)
+    buffer = GradientBuffer(grad_x, x, ctx)
     grad_weight, grad_bias = torch.ops.pmod.route_backward_(
         buffer.rows, grad_logits, grad_gate, flat(x), weight, logits, kind, cu_seqlens, *ctx.gate
     )
@@ -112,7 +112,8 @@ def _backward(
     return (buffer.release(), grad_weight.to(weight.dtype), grad_bias) + (None,) * 9
 
 
-_route_chain = autograd("route", _setup, _backward)
+autograd("route", _setup, _backward)
+_route_chain = chain("route", _setup, _backward)
 
 
 def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -187,7 +188,7 @@ def route(
     router = None
     if return_x and needs_grad(x, weight, bias):
         *routed, x = _route_chain(x, weight, bias, *sizes)
-        router = fold_router(weight, bias, routed[1], gate_scale, activation)
+        router = fold_router(x, weight, bias, routed[1], gate_scale, activation)
     else:
         routed = torch.ops.pmod.route(flat(x), weight, bias, *sizes)
     routing = make_routing(plan, layer, layout, *routed, router=router)
@@ -260,15 +261,22 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def fold_router(
-    weight: Tensor, bias: Tensor | None, gate: Tensor, gate_scale: float, activation: str
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor,
+    gate_scale: float,
+    activation: str,
 ) -> RouterGradient | None:
     """What weighted_scatter_add needs to finish the gradient of a row it visits anyway.
 
     A softmax gate couples the rows of a sequence, so its gradient takes a pass of its own.
     """
-    if activation == "softmax":
+    if activation == "softmax" or torch.compiler.is_compiling():
         return None
-    return RouterGradient(weight, bias, gate, float(gate_scale), ACTIVATIONS.index(activation))
+    kind = ACTIVATIONS.index(activation)
+    mark = start_chain(x)
+    return RouterGradient(weight, bias, gate, float(gate_scale), kind, mark, x._version)
 
 
 def results_with_x(routing: Routing, *tensors: Tensor | None) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pmod_ops._checks import acc_dtype, check_bias, check_eps, check_vector
-from pmod_ops._library import GradientBuffer, autograd, define, fake, flat
+from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat
 from pmod_ops.gather import gather
 from pmod_ops.gather_rmsnorm import gather_rmsnorm
 from pmod_ops.plan import RoutingPlan
@@ -112,7 +112,7 @@ def _backward(
     norm_weight = saved[5]
     if grad_logits is None and grad_gate is None and grad_rows is None:
         return (grad_x,) + (None,) * 13
-    buffer = GradientBuffer(grad_x, x)
+    buffer = GradientBuffer(grad_x, x, ctx)
     grad_weight, grad_bias, grad_norm_weight = torch.ops.pmod.route_gather_backward_(
         buffer.rows, grad_logits, grad_gate, grad_rows, flat(x), weight, *saved, *ctx.gate
     )
@@ -122,7 +122,8 @@ def _backward(
     return routed + (None,) * 9 + (grad_norm, None)
 
 
-_route_gather_chain = autograd("route_gather", _setup, _backward)
+autograd("route_gather", _setup, _backward)
+_route_gather_chain = chain("route_gather", _setup, _backward)
 
 
 def route_gather(
@@ -190,7 +191,7 @@ def route_gather(
     router = None
     if return_x and needs_grad(x, weight, bias, norm):
         *routed, rows, _rstd, x = _route_gather_chain(x, weight, bias, *sizes, norm, eps)
-        router = fold_router(weight, bias, routed[1], gate_scale, activation)
+        router = fold_router(x, weight, bias, routed[1], gate_scale, activation)
     else:
         *routed, rows, _rstd = torch.ops.pmod.route_gather(flat(x), weight, bias, *sizes, norm, eps)
     routing = make_routing(plan, layer, layout, *routed, router=router)

@@ -17,8 +17,9 @@ Layout = Literal["packed", "padded"]
 class RouterGradient:
     """The inputs of a gate, kept so that a backward pass that visits a row can go on to the router.
 
-    It is used only while `gate` is still the gate of the routing: a routing whose gate was replaced
-    gets its gradient the ordinary way.
+    It is used only while `gate` is still the gate of the routing, and for the very x that was
+    returned with it, unchanged (`chain`, `version`): anything else gets its gradient the ordinary
+    way. It is never used under torch.compile, where neither can be checked.
     """
 
     weight: Tensor
@@ -26,6 +27,8 @@ class RouterGradient:
     gate: Tensor
     gate_scale: float
     activation: int
+    chain: object
+    version: int
 
 
 @dataclass(frozen=True, eq=False)

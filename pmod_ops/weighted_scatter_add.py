@@ -17,9 +17,19 @@ from pmod_ops._checks import (
     check_routing,
     check_rows,
     check_slots,
+    check_tensor,
     check_vector,
 )
-from pmod_ops._library import autograd, define, fake, flat, own, refuse_double_backward
+from pmod_ops._library import (
+    autograd,
+    chain_mark,
+    define,
+    fake,
+    flat,
+    hand_over,
+    receiver,
+    refuse_double_backward,
+)
 from pmod_ops.gather import results
 from pmod_ops.route import needs_grad
 from pmod_ops.routing import RouterGradient, Routing
@@ -138,7 +148,7 @@ class _Chain(torch.autograd.Function):
         x, _residual, update, gate, weight, bias, logits, inverse, kind, flags, router_gate = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, update, gate, inverse, kind, weight, logits)
-        ctx.flags, ctx.router_gate = flags, router_gate
+        ctx.flags, ctx.router_gate, ctx.feeds = flags, router_gate, receiver(x)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -167,7 +177,14 @@ class _Chain(torch.autograd.Function):
             grad_x = grad_x + grad_x_out
         grad_weight = None if weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
-        given = (own(grad_x), grad_residual, grad_update, grad_gate, grad_weight, grad_bias)
+        given = (
+            hand_over(grad_x, ctx.feeds),
+            grad_residual,
+            grad_update,
+            grad_gate,
+            grad_weight,
+            grad_bias,
+        )
         return given + (None,) * 5
 
 
@@ -248,7 +265,7 @@ def weighted_scatter_add_(
     scale_skipped: bool = True,
     next_router: tuple[Tensor, Tensor | float | None] | None = None,
 ) -> Tensor | None:
-    """`weighted_scatter_add` written into x: nothing of size N is allocated. Inference only.
+    """`weighted_scatter_add` written into x: no rows are allocated. Inference only.
 
     Args:
         x: [N, D] or [B, S, D]; overwritten. A copy is made and written back if it is not
@@ -296,6 +313,8 @@ def weighted_scatter_add_(
     )
     if target is not x:
         x.copy_(target)
+    elif not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(x)  # or autograd would not notice the change
     return None if next_router is None else next_logits
 
 
@@ -303,8 +322,10 @@ def _weighted_scatter_add_chain(
     x: Tensor, residual: Tensor, update: Tensor, routing: Routing, flags: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
     router: RouterGradient | None = routing.router
-    if router is not None and router.gate is not routing.gate:
-        router = None
+    if router is not None:
+        same_x = chain_mark(x) is router.chain and x._version == router.version
+        if not same_x or router.gate is not routing.gate:
+            router = None
     return _Chain.apply(
         x,
         residual,
@@ -325,6 +346,8 @@ def _check(
 ) -> tuple[Tensor, Tensor]:
     check_rows(op, "x", x)
     check_routing(op, routing, x)
+    gate, dtypes = routing.gate, (acc_dtype(x.dtype),)
+    check_tensor(op, "routing.gate", gate, shape=routing.inverse.shape, dtypes=dtypes, like=x)
     return (
         check_slots(op, "residual", residual, routing, x),
         check_slots(op, "update", update, routing, x),

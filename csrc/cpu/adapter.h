@@ -14,6 +14,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -84,7 +85,8 @@ inline Tensor vector(const char* op, const char* argument, const Tensor& t, Scal
                      int64_t size) {
   check_cpu(op, argument, t);
   check(t.dim() == 1 && (size < 0 || t.size(0) == size), "pmod_ops.", op, ": ", argument,
-        ": expected ", size, " entries, got ", t.numel(), " in ", t.dim(), " dimension(s)");
+        ": expected ", size < 0 ? "1 dimension" : std::to_string(size) + " entries", ", got ",
+        t.numel(), " entries in ", t.dim(), " dimension(s)");
   check(t.scalar_type() == type, "pmod_ops.", op, ": ", argument, ": got an unexpected dtype");
   return torch::stable::contiguous(t);
 }

@@ -28,7 +28,7 @@ void softmax(const A* logits, const uint8_t* kind, int64_t begin, int64_t end, A
   }
 }
 
-template <typename A, typename F>
+template <typename F>
 void for_sequences(const Tensor& cu_seqlens, const F& f) {
   const int32_t* bounds = cu_seqlens.const_data_ptr<int32_t>();
   const int64_t batch = cu_seqlens.numel() - 1;
@@ -50,8 +50,8 @@ Tensor gate_of(const Tensor& logits, const Tensor& kind, const Tensor& cu_seqlen
     A* weight = out.mutable_data_ptr<A>();
     const A scale = static_cast<A>(gate.scale), bias = static_cast<A>(gate.bias);
     if (gate.activation == Activation::kSoftmax) {
-      for_sequences<A>(cu_seqlens,
-                       [&](int64_t begin, int64_t end) { softmax(in, kinds, begin, end, weight); });
+      for_sequences(cu_seqlens,
+                    [&](int64_t begin, int64_t end) { softmax(in, kinds, begin, end, weight); });
     }
     for_rows(rows, sizeof(A), [&](int64_t r) {
       const A value = gate.activation == Activation::kSoftmax && kinds[r] == kRoutable
@@ -75,7 +75,7 @@ std::vector<A> logit_gradient(const OptionalTensor& grad_logits, const OptionalT
   if (grad_gate && gate.activation == Activation::kSoftmax) {
     const A* grad = grad_gate->const_data_ptr<A>();
     soft.resize(rows);
-    for_sequences<A>(cu_seqlens, [&](int64_t begin, int64_t end) {
+    for_sequences(cu_seqlens, [&](int64_t begin, int64_t end) {
       softmax(z, kinds, begin, end, soft.data());
       A mean = 0;
       for (int64_t r = begin; r < end; ++r) {

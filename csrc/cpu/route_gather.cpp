@@ -83,7 +83,9 @@ std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
     const Tensor& rstd_arg, double gate_scale, int64_t activation) {
   const char* op = "route_gather_backward_";
   const Tensor x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
-  const int64_t rows = x.size(0), hidden = x.size(1), slots = index_arg.numel();
+  const int64_t rows = x.size(0), hidden = x.size(1);
+  const Tensor index = index_vector(op, "index", index_arg, -1, rows);
+  const int64_t slots = index.numel();
   const ScalarType acc = acc_type(x);
   check_mutable(op, "grad_x", grad_x, x);
   const Tensor logits = vector(op, "logits", logits_arg, acc, rows);

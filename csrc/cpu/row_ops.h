@@ -1,8 +1,9 @@
 // Row primitives shared by the CPU ops: pointers and sizes, no tensors.
 //
-// T is the type of the rows, A the type of every sum: double for double rows, else float. A row is
-// converted on load and rounded once on store. Sums use a fixed number of partial sums, added in a
-// fixed order, so that a result depends neither on the thread count nor on the instruction set.
+// T is the type of the rows, A the type of a sum over a row: double for double rows, else float. A
+// row is converted on load and rounded once on store. Sums use a fixed number of partial sums,
+// added in a fixed order, so that a result depends neither on the thread count nor on the
+// instruction set.
 #pragma once
 
 #include <array>

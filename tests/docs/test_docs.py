@@ -10,7 +10,7 @@ import pytest
 import pmod_ops
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 OPS = sorted(
     name
     for name in pmod_ops.__all__
@@ -29,7 +29,6 @@ def blocks(page: Path) -> list[str]:
 def test_code_blocks_run(page: Path) -> None:
     for block in blocks(page):
         exec(compile(block, str(page), "exec"), {"__name__": "documentation"})
-    assert blocks(page)
 
 
 def test_the_ops_are_the_public_ones() -> None:

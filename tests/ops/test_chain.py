@@ -8,6 +8,7 @@ from ops.checks import EPS, checkable, eager_dtype, finite, router_scales, routi
 
 import pmod_ops
 from pmod_ops import reference
+from pmod_ops._library import GradientBuffer
 from pmod_ops.testing import DTYPES, LAYER, TABLE, assert_no_worse
 
 LEAVES = ("x", "router_weight", "router_bias", "norm_weight", "attn_out", "update")
@@ -134,6 +135,125 @@ def test_export_keeps_the_ops():
     names = {str(node.target) for node in exported.graph.nodes}
     assert {"pmod.route_gather.default", "pmod.weighted_scatter_add.default"} <= names
     assert torch.equal(exported.module()(*arguments), Glue()(*arguments))
+
+
+def readers(module, leaves, routing, chained):
+    """Every op that can hand x on, one after another."""
+    x, weight = leaves["x"], leaves["router_weight"]
+    outputs = []
+    options = {"return_x": True} if chained else {}
+
+    def read(result, count):
+        nonlocal x
+        result = result if isinstance(result, tuple) else (result,)
+        outputs.extend(result[:count])
+        x = result[-1] if chained else x
+
+    rows = leaves["update"]
+    own = module.route(x, weight, None, PLAN, LAYER, **options)
+    own, x = own if chained else (own, x)
+    outputs.append(own.gate)
+    read(module.gather(x, routing, **options), 1)
+    read(module.gather_rmsnorm(x, routing, leaves["norm_weight"], EPS, **options), 1)
+    read(module.gather_add_rmsnorm(x, rows, routing, leaves["norm_weight"], EPS, **options), 2)
+    read(module.weighted_scatter_add(x, rows, rows, own, **options), 1)
+    read(module.gather(x, routing, **options), 1)
+    return torch.cat([out.reshape(-1) for out in outputs])
+
+
+PLAN = TABLE[0].plan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_reader_hands_x_on(dtype):
+    case = TABLE[0].make(dtype)
+    routing = routing_of(case)
+    results = []
+    for module, chained, kind in (
+        (pmod_ops, True, None),
+        (reference, False, eager_dtype(dtype)),
+        (reference, False, torch.float64),
+    ):
+        leaves = leaves_of(case, kind)
+        leaves.pop("attn_out")
+        leaves.pop("router_bias")
+        results.append(gradients(readers(module, leaves, routing, chained), leaves))
+    for a, b, c in zip(*results, strict=True):
+        assert_no_worse(a, b, c)
+
+
+def test_one_buffer_goes_down_the_chain(monkeypatch):
+    case = TABLE[0].make()
+    leaves = leaves_of(case)
+    buffers = []
+    release = GradientBuffer.release
+
+    def watched(self):
+        buffers.append(self.tensor.data_ptr())
+        return release(self)
+
+    monkeypatch.setattr(GradientBuffer, "release", watched)
+    # x is not a leaf, as in a model
+    out = glue(pmod_ops, {**leaves, "x": leaves["x"] * 1}, case, True)
+    out.sum().backward()
+    assert len(buffers) == 2
+    assert len(set(buffers)) == 1
+
+
+def test_a_gradient_that_another_branch_holds_is_not_overwritten():
+    case = TABLE[0].make(torch.float64)
+    routing = routing_of(case)
+    weight = torch.randn(64, dtype=torch.float64)
+
+    def loss(chained):
+        u = case.x.clone().requires_grad_()
+        h = u * 2
+        _, rows, *rest = pmod_ops.route_gather(
+            u * 1, weight, None, case.plan, LAYER, return_x=chained
+        )
+        y = (rest[0] if chained else u * 1) + h
+        kept, *rest = (
+            pmod_ops.gather(y, routing, return_x=True)
+            if chained
+            else (pmod_ops.gather(y, routing), y)
+        )
+        return u, kept.sum() + rows.sum() + (rest[0] * y.detach()).sum()
+
+    grads = []
+    for chained in (True, False):
+        u, value = loss(chained)
+        grads.append(torch.autograd.grad(value, u)[0])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_a_gradient_that_was_asked_for_is_not_overwritten():
+    case = TABLE[0].make(torch.float64)
+    weight = torch.randn(64, dtype=torch.float64)
+    x = case.x.requires_grad_()
+    routing, rows, passed = pmod_ops.route_gather(
+        x * 1, weight, None, case.plan, LAYER, return_x=True
+    )
+    out = pmod_ops.weighted_scatter_add(passed, rows, rows, routing)
+    of_passed, _ = torch.autograd.grad(out.sum(), (passed, x))
+    kept = routing.inverse >= 0
+    # the scatter does not read kept rows of x
+    assert not of_passed[kept].any()
+
+
+def test_a_changed_x_is_not_folded():
+    case = TABLE[0].make(torch.float64)
+    results = []
+    for chained in (True, False):
+        leaves = leaves_of(case)
+        x = leaves["x"] * 1
+        routing, rows, *rest = pmod_ops.route_gather(
+            x, leaves["router_weight"], None, case.plan, LAYER, return_x=chained
+        )
+        x = rest[0] * 3 if chained else x * 3
+        out = pmod_ops.weighted_scatter_add(x, rows, leaves["update"], routing)
+        results.append(gradients(out, leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_users_gradient_is_not_overwritten():

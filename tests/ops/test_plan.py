@@ -99,6 +99,7 @@ KIND = torch.tensor([1, 1, 2], dtype=torch.uint8)
     [
         ((ONES.long(),), TypeError, "target_mask: expected dtype bool, got int64"),
         ((ONES[0],), ValueError, r"target_mask: expected 2 dimensions, got shape \[3\]"),
+        ((ONES, ONES.float()), TypeError, "valid_mask: expected dtype bool or uint8"),
         ((ONES, ONES[:, :2]), ValueError, r"valid_mask: expected shape \[2, 3\], got \[2, 2\]"),
         ((ONES, None, {0: 1.2}), ValueError, r"ratios\[0\]: expected a number in \[0, 1\], got 1.2"),
         ((ONES, None, {0: -0.1}), ValueError, r"ratios\[0\]: expected a number in \[0, 1\], got -0.1"),
@@ -120,6 +121,8 @@ def test_bad_masks_are_named(arguments, error, message):
         ((KIND, [0, 3], [-2], [1], {}), ValueError, r"routable_per_pool\[0\]: expected a count >= 0, got -2"),
         ((KIND, [0, 3], [1], [1], {}), ValueError, r"routable_per_pool\[0\]: expected \[2\] rows of kind 1, got \[1\]"),
         ((KIND, [0, 3], [2], [2], {}), ValueError, r"always_per_sequence\[0\]: expected 1 rows of kind 2, got 2"),
+        ((KIND, [0, 3], [2.5], [1], {}), TypeError, r"routable_per_pool\[0\]: expected an integer >= 0, got 2.5"),
+        ((KIND, [0, 3], [2], [1], [0.5]), TypeError, "ratios: expected a mapping, got list"),
         ((KIND, [0, 2], [2], [1], {}), ValueError, "cu_seqlens: expected ascending offsets from 0 to 3"),
         ((KIND, [0, 4, 3], [1, 1], [0, 1], {}), ValueError, "cu_seqlens: expected ascending offsets"),
         ((KIND, [0], [2], [1], {}), ValueError, "cu_seqlens: expected 2 entries, got 1"),

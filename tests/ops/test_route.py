@@ -11,7 +11,6 @@ from ops.checks import (
     check_gradients,
     check_opcheck,
     check_values,
-    checkable,
     finite,
     routing_of,
 )
@@ -19,7 +18,7 @@ from ops.checks import (
 import pmod_ops
 from pmod_ops import RoutingPlan, reference
 from pmod_ops.route import ACTIVATIONS
-from pmod_ops.testing import DTYPES, LAYER, TABLE, assert_no_worse, strided, unaligned
+from pmod_ops.testing import DTYPES, LAYER, TABLE, Sample, assert_no_worse, strided, unaligned
 
 
 def sizes(case):
@@ -252,7 +251,8 @@ def test_parameter_gradients_of_many_rows_stay_accurate():
 
 
 def test_threads_do_not_change_a_bit():
-    case = checkable(TABLE)[2].make(torch.bfloat16)
+    # several tasks of 64 KB, several pools
+    case = Sample("threads", ("t2 v90 t1 | v50", "v60 t3"), hidden=4096).make(torch.bfloat16)
     threads = torch.get_num_threads()
     try:
         results = []

@@ -18,7 +18,7 @@ from ops.checks import (
 
 import pmod_ops
 from pmod_ops import reference
-from pmod_ops.testing import DTYPES, LAYER, TABLE, assert_no_worse, strided, unaligned
+from pmod_ops.testing import DTYPES, LAYER, TABLE, Sample, assert_no_worse, strided, unaligned
 
 
 def raw(t, routing, case):
@@ -156,7 +156,8 @@ def test_padding_is_copied_bitwise_even_nan():
 
 
 def test_threads_do_not_change_a_bit():
-    case = TABLE[2].make(torch.bfloat16)
+    # several tasks of 64 KB
+    case = Sample("threads", ("t2 v90 t1", "v60 t3"), hidden=4096).make(torch.bfloat16)
     routing = routing_of(case)
     threads = torch.get_num_threads()
     results = []
@@ -183,6 +184,23 @@ def test_next_router_under_autograd_is_refused():
         pmod_ops.weighted_scatter_add(
             x, case.attn_out, case.update, routing_of(case), next_router=(case.router_weight, None)
         )
+
+
+def test_in_place_is_noticed_by_autograd():
+    case = TABLE[0].make()
+    weight = torch.ones(64, requires_grad=True)
+    out = case.x * weight
+    pmod_ops.weighted_scatter_add_(case.x, case.attn_out, case.update, routing_of(case))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_gate_of_another_dtype_is_named():
+    case = TABLE[0].make()
+    routing = routing_of(case)
+    routing = dataclasses.replace(routing, gate=routing.gate.bfloat16())
+    with pytest.raises(TypeError, match=r"routing\.gate: expected dtype float32, got bfloat16"):
+        pmod_ops.weighted_scatter_add(case.x, case.attn_out, case.update, routing)
 
 
 def test_in_place_under_autograd_is_refused_before_anything_is_written():
