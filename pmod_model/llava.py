@@ -31,6 +31,8 @@ class PModLlavaConfig(LlavaConfig):
         pmod = PModConfig() if pmod is None else pmod
         pmod = pmod if isinstance(pmod, PModConfig) else PModConfig.from_dict(pmod)
         self.pmod = pmod.to_dict()
+        # the config.json of a LLaVA checkpoint names its own type
+        kwargs.pop("model_type", None)
         super().__init__(**kwargs)
 
 

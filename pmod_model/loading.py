@@ -15,6 +15,7 @@ from pmod_model.llava import PModLlavaForConditionalGeneration
 
 OWN_CLASSES = {cls.__name__: cls for cls in (PModLlavaForConditionalGeneration,)}
 SHOWN = 20
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
 
 def load_pretrained(
@@ -34,7 +35,8 @@ def load_pretrained(
         ValueError: the checkpoint has no p-MoD settings or two of them, its class is unknown, or
             parameters are missing or surplus; the message lists them.
     """
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)
+    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **hub)
     saved: Any = getattr(config, "pmod", None)
     if (saved is None) == (pmod is None):
         expected, because = (

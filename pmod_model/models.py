@@ -123,8 +123,14 @@ class GenerativeModel(_Base):
             valid = kwargs.get("attention_mask")
             ones = torch.ones(batch, length, dtype=torch.bool, device=input_ids.device)
             inputs["valid_mask"] = ones if valid is None else valid
-        if kwargs.get("is_first_iteration") and target_mask is not None:
-            inputs["target_mask"] = target_mask[:, -length:]
+        if target_mask is not None and (length > 1 or kwargs.get("is_first_iteration")):
+            cache = inputs.get("past_key_values")
+            past = 0 if cache is None else int(cache.get_seq_length())
+            # a chunk of the prompt, the prompt again without a cache, or guesses after it
+            if past < target_mask.shape[1]:
+                ahead = max(past + length - target_mask.shape[1], 0)
+                mask = torch.nn.functional.pad(target_mask, (0, ahead))
+                inputs["target_mask"] = mask[:, past : past + length]
         return inputs
 
 

@@ -59,8 +59,9 @@ def derive_target_mask(
                 "target_mask: expected bool [B, S] where inputs_embeds come with images, got None"
             )
         return None
-    continues = cache is not None and not has_vision and bool(cache.get_seq_length() > 0)
-    if input_ids.shape[1] == 1 or continues:
+    if input_ids.shape[1] == 1:  # before the cache is asked, which may wait for the device
+        return None
+    if cache is not None and not has_vision and bool(cache.get_seq_length() > 0):
         return None
     if config.target_tokens == "vision_high_res" and has_high_resolution(model_config):
         raise ValueError(

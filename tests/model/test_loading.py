@@ -104,6 +104,12 @@ def test_a_llava_checkpoint_loads_with_zero_routers(
     assert not any(value.any() for value in routers(model).values())
     state = model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in base.state_dict().items())
+    plain, info = cls.from_pretrained(tmp_path, output_loading_info=True)
+    assert info["missing_keys"]
+    assert set(info["missing_keys"]) == set(routers(plain))
+    assert not info["unexpected_keys"]
+    assert plain.config.model_type == "pmod_llava"
+    assert torch.equal(plain.lm_head.weight, base.lm_head.weight)
     again = load_pretrained(tmp_path, pmod=SETTINGS)
     assert type(again).__name__ == "LlavaForConditionalGeneration"
     assert again.pmod_config == SETTINGS

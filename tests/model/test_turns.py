@@ -93,3 +93,22 @@ def test_tokens_of_an_image_count_the_class_token_if_there_is_one(
     vision = {"model_type": model_type, "image_size": 64, "patch_size": 8}
     config = LlavaConfig(vision_config=vision, vision_feature_select_strategy=strategy)
     assert tokens_per_image(config) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_cache": False}, {"prompt_lookup_num_tokens": 3, "eos_token_id": 1}],
+    ids=["no_cache", "lookup"],
+)
+def test_a_given_mask_holds_however_the_prompt_is_read(
+    make_llama: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    model = make_llama()
+    ids = torch.randint(5, 100, (1, 16))
+    target = torch.zeros_like(ids, dtype=torch.bool)
+    target[:, 2:12] = True
+    common = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+    plain = model.generate(ids, target_mask=target, **common)
+    dense = model.generate(ids, **common)
+    assert torch.equal(model.generate(ids, target_mask=target, **common, **options), plain)
+    assert not torch.equal(plain, dense)
