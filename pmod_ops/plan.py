@@ -8,20 +8,27 @@ k = int(float32(n) * float32(ratio)), as in the authors' code).
 from __future__ import annotations
 
 import json
-import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pmod_ops._checks import check_tensor, fail
+from pmod_ops._counts import (
+    ALWAYS,
+    PADDING,
+    ROUTABLE,
+    check_count,
+    check_counts,
+    check_ratio,
+    dense_pools,
+    is_sequence,
+)
 from pmod_ops.routing import Layout
 
-PADDING, ROUTABLE, ALWAYS = 0, 1, 2
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -97,7 +104,7 @@ class RoutingPlan:
         else:
             both = torch.stack((kind.long(), pool_id.long())).cpu()
             host_kind = both[0]
-            dense_pool, routable = _dense_pools(host_kind == ROUTABLE, both[1])
+            dense_pool, routable = dense_pools(host_kind == ROUTABLE, both[1])
         always = (host_kind == ALWAYS).sum(1).tolist()
         cu_seqlens = [length * b for b in range(batch + 1)]
         return cls._build(kind.reshape(-1), cu_seqlens, routable, always, ratios or {}, dense_pool)
@@ -139,10 +146,11 @@ class RoutingPlan:
             )
         routable = []
         for b, given in enumerate(routable_per_pool):
-            pools: Any = given if _several(given) else [given]
-            routable.append([_count(op, f"routable_per_pool[{b}]", n) for n in pools])
+            pools: Any = given if is_sequence(given) else [given]
+            routable.append([check_count(op, f"routable_per_pool[{b}]", n) for n in pools])
         always = [
-            _count(op, f"always_per_sequence[{b}]", n) for b, n in enumerate(always_per_sequence)
+            check_count(op, f"always_per_sequence[{b}]", n)
+            for b, n in enumerate(always_per_sequence)
         ]
         if pool_id is None and any(len(pools) != 1 for pools in routable):
             fail(op, "pool_id", "an int32 tensor, because a sequence has several pools", None)
@@ -154,7 +162,7 @@ class RoutingPlan:
             fail(op, "cu_seqlens", f"{batch + 1} entries", len(cu_seqlens))
         plan = cls._build(kind, cu_seqlens, routable, always, ratios, pool_id)
         if kind.device.type == "cpu":
-            _check_counts(op, plan, routable, always)
+            check_counts(op, plan, routable, always)
         return plan
 
     @classmethod
@@ -173,7 +181,7 @@ class RoutingPlan:
         layers = tuple(sorted(ratios))
         counts = torch.tensor([n for pools in routable for n in pools], dtype=torch.float32)
         shares = torch.tensor(
-            [_ratio(layer, ratios[layer]) for layer in layers], dtype=torch.float32
+            [check_ratio(layer, ratios[layer]) for layer in layers], dtype=torch.float32
         )
         k = torch.outer(shares, counts).to(torch.int32)  # [layers, P], float32 product, truncated
         sizes, kept = [], []
@@ -274,49 +282,6 @@ def check_plan(op: str, plan: Any, x: Tensor) -> None:
         fail(op, "plan", f"device {x.device} like x", plan.kind.device)
 
 
-def _several(pools: object) -> bool:
-    return isinstance(pools, Sequence | Tensor) and not (
-        isinstance(pools, Tensor) and not pools.ndim
-    )
-
-
-def _count(op: str, name: str, value: SupportsIndex) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        message = f"pmod_ops.{op}: {name}: expected an integer >= 0, got {value!r}"
-        raise TypeError(message) from None
-    if count < 0:
-        fail(op, name, "a count >= 0", count)
-    return count
-
-
-def _ratio(layer: int, ratio: float) -> float:
-    op = "RoutingPlan"
-    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        fail(op, "ratios", "layer indices >= 0 as keys", layer)
-    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)):
-        raise TypeError(
-            f"pmod_ops.{op}: ratios[{layer}]: expected a number in [0, 1], got {ratio!r}"
-        )
-    if not (math.isfinite(ratio) and 0 <= ratio <= 1):
-        fail(op, f"ratios[{layer}]", "a number in [0, 1]", ratio)
-    return float(ratio)
-
-
-def _dense_pools(routable: Tensor, pool_id: Tensor) -> tuple[Tensor, list[list[int]]]:
-    """Number the pools that hold a routable row 0..P-1, sequence by sequence, smallest id first."""
-    dense = torch.zeros(routable.shape, dtype=torch.int32)
-    counts: list[list[int]] = []
-    first = 0
-    for row, (mask, ids) in enumerate(zip(routable, pool_id, strict=True)):
-        _, place, count = torch.unique(ids[mask], return_inverse=True, return_counts=True)
-        dense[row, mask] = place.to(torch.int32) + first
-        counts.append(count.tolist())
-        first += len(counts[-1])
-    return dense.reshape(-1), counts
-
-
 def _upload(parts: list[Tensor], device: torch.device) -> list[Tensor]:
     flat = torch.cat([part.reshape(-1) for part in parts])
     if device.type == "cuda":
@@ -324,40 +289,6 @@ def _upload(parts: list[Tensor], device: torch.device) -> list[Tensor]:
     flat = flat.to(device, non_blocking=True)
     pieces = flat.split([part.numel() for part in parts])
     return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
-
-
-def _check_counts(
-    op: str, plan: RoutingPlan, routable: list[list[int]], always: Sequence[int]
-) -> None:
-    bounds = plan.cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != plan.num_rows or sorted(bounds) != bounds:
-        fail(op, "cu_seqlens", f"ascending offsets from 0 to {plan.num_rows}", bounds)
-    kind = plan.kind
-    if kind.numel() and int(kind.max()) > ALWAYS:
-        row = int((kind > ALWAYS).nonzero()[0])
-        fail(op, f"kind[{row}]", "0, 1 or 2", int(kind[row]))
-    first = 0
-    for b, pools in enumerate(routable):
-        rows = slice(bounds[b], bounds[b + 1])
-        found_always = int((kind[rows] == ALWAYS).sum())
-        if found_always != always[b]:
-            fail(op, f"always_per_sequence[{b}]", f"{found_always} rows of kind 2", always[b])
-        mask = kind[rows] == ROUTABLE
-        if plan.pool_id is None:
-            found = [int(mask.sum())]
-        else:
-            ids = plan.pool_id[rows][mask] - first
-            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= len(pools)):
-                fail(
-                    op,
-                    "pool_id",
-                    f"ids {first}..{first + len(pools) - 1} in sequence {b}",
-                    "others",
-                )
-            found = torch.bincount(ids, minlength=len(pools)).tolist()
-        if found != pools:
-            fail(op, f"routable_per_pool[{b}]", f"{found} rows of kind 1", pools)
-        first += len(pools)
 
 
 def _flatten_plan(plan: RoutingPlan) -> tuple[list[Any], Any]:
