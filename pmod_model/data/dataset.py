@@ -78,7 +78,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         return encoded
 
     def _turns(self, record: Record, index: int) -> Sequence[Turn]:
-        if not self.max_turns:
+        # images belong to their turns in order, so several cannot be drawn from
+        if not self.max_turns or len(record.images) > 1:
             return record.turns
         turns = list(record.turns)
         random.Random(f"{self.seed}/{self.epoch}/{index}").shuffle(turns)
@@ -87,8 +88,8 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
 def _images_first(record: Record, turns: list[Turn]) -> list[Turn]:
     """Put the image before every question: it belongs to the conversation, not to one turn."""
-    if not record.images or len(record.images) > 1:
-        return sorted(turns, key=lambda turn: "<image>" not in turn.question)
+    if not record.images:
+        return turns
     plain = [Turn(turn.text, turn.answer) for turn in turns]
     return [Turn(f"<image>\n{plain[0].question}", plain[0].answer), *plain[1:]]
 

@@ -62,7 +62,8 @@ def choose_examples(pmod: Run, dense: Run, data: Data, count: int) -> list[Examp
     groups = _answers_by_image(pmod, dense)
     names = list(groups)
     chosen = [names[i * len(names) // count] for i in range(min(count, len(names)))]
-    by_image = {record.images[0]: record for record in data.records if record.images}
+    # the first record of an image, whose question the page says it draws the routing for
+    by_image = {record.images[0]: record for record in reversed(data.records) if record.images}
     examples = []
     for name in chosen:
         if name in by_image:

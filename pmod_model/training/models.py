@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -18,6 +20,8 @@ from pmod_model.data.errors import InputError
 from pmod_model.llava import PModLlavaConfig, PModLlavaForConditionalGeneration
 from pmod_model.loading import load_pretrained
 from pmod_model.training.preset import Preset
+
+SHOWN = 20
 
 
 def build_model(preset: Preset, processor: Any, pmod: PModConfig | None) -> PreTrainedModel:
@@ -47,18 +51,11 @@ def load_for_training(
         InputError: `folder` holds no model, or a p-MoD model although `pmod` is None.
     """
     config, processor = _read(folder, place)
-    if getattr(config, "pmod", None) is not None:
-        if pmod is None:
-            got = "a p-MoD model"
-            raise InputError(place, f"--model {str(folder)!r}", "a dense model with --dense", got)
-        return load_pretrained(folder), processor
-    if pmod is None:
-        return AutoModelForImageTextToText.from_pretrained(folder), processor
-    if config.model_type == "llava":
-        fields = {key: value for key, value in config.to_dict().items() if key != "model_type"}
-        own = PModLlavaConfig(pmod=pmod, **fields)
-        return PModLlavaForConditionalGeneration.from_pretrained(folder, config=own), processor
-    return load_pretrained(folder, pmod=pmod), processor
+    if getattr(config, "pmod", None) is not None and pmod is None:
+        got = "a p-MoD model"
+        raise InputError(place, f"--model {str(folder)!r}", "a dense model with --dense", got)
+    # a half-precision checkpoint is trained in float32: there is no loss scaling here
+    return _load(folder, config, place, pmod=pmod, dtype=torch.float32), processor
 
 
 def load_model(folder: Path, place: str) -> tuple[PreTrainedModel, Any]:
@@ -68,9 +65,33 @@ def load_model(folder: Path, place: str) -> tuple[PreTrainedModel, Any]:
         InputError: `folder` holds no model.
     """
     config, processor = _read(folder, place)
-    if getattr(config, "pmod", None) is not None:
-        return load_pretrained(folder).eval(), processor
-    return AutoModelForImageTextToText.from_pretrained(folder).eval(), processor
+    return _load(folder, config, place).eval(), processor
+
+
+def _load(
+    folder: Path, config: Any, place: str, *, pmod: PModConfig | None = None, **options: Any
+) -> PreTrainedModel:
+    """The model in `folder`, complete; only the routers that `pmod` adds may be missing."""
+    try:
+        if getattr(config, "pmod", None) is not None:
+            return load_pretrained(folder, **options)
+        if pmod is not None and config.model_type != "llava":
+            return load_pretrained(folder, pmod=pmod, **options)
+        loader: Any = AutoModelForImageTextToText
+        if pmod is not None:
+            loader = PModLlavaForConditionalGeneration
+            options["config"] = PModLlavaConfig(pmod=pmod, **config.to_dict())
+        model, info = loader.from_pretrained(folder, output_loading_info=True, **options)
+    except (SafetensorError, RuntimeError) as error:
+        got = str(error).splitlines()[0]
+        raise InputError(place, f"--model {str(folder)!r}", "complete weights", got) from None
+    missing = [key for key in info["missing_keys"] if ".mod_router." not in key]
+    for keys, what in ((missing, "without"), (info["unexpected_keys"], "with surplus")):
+        if keys:
+            more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
+            got = f"weights {what} {', '.join(sorted(keys)[:SHOWN])}{more}"
+            raise InputError(place, f"--model {str(folder)!r}", "complete weights", got)
+    return model
 
 
 def _read(folder: Path, place: str) -> tuple[Any, Any]:
@@ -81,6 +102,13 @@ def _read(folder: Path, place: str) -> tuple[Any, Any]:
     if not any(folder.glob("*.safetensors")):
         raise InputError(place, argument, "weights in .safetensors files", "none")
     try:
-        return AutoConfig.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+        config, processor = (
+            AutoConfig.from_pretrained(folder),
+            AutoProcessor.from_pretrained(folder),
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(place, argument, "a model and processor of transformers", error) from None
+    if not hasattr(processor, "image_processor"):
+        got = f"a {type(processor).__name__}"
+        raise InputError(place, argument, "a processor of images and text", got)
+    return config, processor

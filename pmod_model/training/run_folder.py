@@ -124,7 +124,7 @@ def _replace(staging: Path, output: Path) -> None:
     output.rename(old / output.name)
     try:
         staging.rename(output)
-    except OSError:
+    except BaseException:  # Ctrl-C too: the old run goes back to its place
         (old / output.name).rename(output)
         raise
     finally:

@@ -112,6 +112,16 @@ def test_image_stays_first_whatever_the_order(processor: Any, training_records: 
     assert int(image.sum()) == 64
 
 
+def test_turns_of_several_images_stay_in_order(processor: Any, training_records: Any) -> None:
+    records, folder = training_records
+    names = (*records[0].images, *records[1].images)
+    two = Record("two", names, (Turn("<image>\nis there a circle?", "no"), *records[1].turns[:1]))
+    for epoch in range(4):
+        drawn = dataset(processor, ([two], folder), max_turns=1, seed=1)
+        drawn.set_epoch(epoch)
+        assert drawn._turns(two, 0) == two.turns
+
+
 def test_too_long_conversation_is_named(processor: Any, training_records: Any) -> None:
     with pytest.raises(
         InputError, match=r"record 2 \(id '2'\): length: expected at most 70 tokens"
