@@ -6,13 +6,14 @@ and two threads may share a model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pmod_model.hand_over import HandOver
 from pmod_ops import Routing, RoutingPlan
 
 
@@ -49,12 +50,14 @@ class RoutingContext:
         valid: bool [B, S], which of the new tokens are not padding; None = all of them.
         past_valid: bool [B, P], the same of the tokens before them, if the caller's mask says so.
         record: where layers note what they kept, or None.
+        hand_over: where a layer leaves the router scores of the next.
     """
 
     plan: RoutingPlan | None
     valid: Tensor | None
     past_valid: Tensor | None = None
     record: RoutingRecord | None = None
+    hand_over: HandOver = field(default_factory=HandOver)
 
 
 def make_context(
@@ -67,6 +70,7 @@ def make_context(
     pool: str,
     tokens_per_image: int | None,
     records: list[RoutingRecord] | None,
+    layers: Sequence[nn.Module] = (),
 ) -> RoutingContext:
     """Check the masks of a batch and plan its routing.
 
@@ -81,6 +85,7 @@ def make_context(
         pool: "sequence" or "image".
         tokens_per_image: splits a run of image tokens into images; None = a run is an image.
         records: gets one record if a token competes.
+        layers: the layers of the decoder, to hand over router scores between them.
 
     Raises:
         TypeError: a mask has the wrong type or dtype.
@@ -118,7 +123,7 @@ def make_context(
     if records is not None:
         record = RoutingRecord(targets)
         records.append(record)
-    return RoutingContext(plan, valid, past_valid, record)
+    return RoutingContext(plan, valid, past_valid, record, HandOver(layers))
 
 
 def image_pools(target_mask: Tensor, tokens_per_image: int | None) -> Tensor:

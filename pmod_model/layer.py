@@ -127,6 +127,7 @@ class RoutedLayer(_Base):
             gate_scale=config.gate_scale,
             gate_bias=config.gate_bias,
             activation=config.gate_activation,
+            logits=context.hand_over.take(x, (weight, bias)),
             layout="padded",
             return_x=True,
         )
@@ -139,7 +140,7 @@ class RoutedLayer(_Base):
         if cache is not None:
             cache.drop(num_slots, plan.kind.view(x.shape[:2]))
         if num_slots == 0:  # attention modules cannot be called without tokens
-            return self._scatter(x, rows, rows, routing)
+            return self._scatter(x, rows, rows, routing, context)
         # position_ids would have gaps, which masks for packed batches take for new sequences
         attn_out = self.self_attn(
             hidden_states=rows if norm is not None else self.input_layernorm(rows),
@@ -152,18 +153,27 @@ class RoutedLayer(_Base):
         attn_out = self._scaled(attn_out, "resid_attn_dropout")
         residual, rows, x = self._add_and_norm(x, attn_out, routing)
         update = self._scaled(self.mlp(rows), "resid_mlp_dropout")
-        return self._scatter(x, residual, update.to(x.dtype), routing)
+        return self._scatter(x, residual, update.to(x.dtype), routing, context)
 
-    def _scatter(self, x: Tensor, residual: Tensor, update: Tensor, routing: Routing) -> Tensor:
+    def _scatter(
+        self, x: Tensor, residual: Tensor, update: Tensor, routing: Routing, context: RoutingContext
+    ) -> Tensor:
         config = self.pmod_config
-        return weighted_scatter_add(
+        next_router = context.hand_over.next_router(self.self_attn.layer_idx, x)
+        out = weighted_scatter_add(
             x,
             residual,
             update,
             routing,
             gate_mlp=config.gate_mlp,
             scale_skipped=config.scale_skipped,
+            next_router=next_router,
         )
+        if next_router is None:
+            return out
+        out, next_logits = out
+        context.hand_over.give(next_logits, out, next_router)
+        return out
 
     def _add_and_norm(
         self, x: Tensor, attn_out: Tensor, routing: Routing

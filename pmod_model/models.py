@@ -53,6 +53,7 @@ class DecoderModel(_Base):
             return super().forward(**inputs)  # which says what is missing
         if target_mask is not None:
             self._refuse_packed(inputs)
+        layers: Any = self.layers
         context = make_context(
             self.pmod_ratios,
             hidden,
@@ -62,6 +63,7 @@ class DecoderModel(_Base):
             pool=self.pmod_config.pool,
             tokens_per_image=self.pmod_tokens_per_image,
             records=routing_records,
+            layers=layers,
         )
         return super().forward(**inputs, routing_context=context)
 

@@ -23,14 +23,16 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     """Encoded conversations: input_ids, labels int64 [S] and pixel_values [images, 3, H, W].
 
     With `max_turns`, a record yields that many of its turns, chosen and ordered anew in each epoch
-    from (seed, epoch, index) alone: the same in every process and after a restart. Turns that hold
-    an image marker come first, so that the image precedes every question.
+    from (seed, epoch, index) alone: the same in every process and after a restart. Its image comes
+    before the first of them, whichever turn held the marker. A record with several images yields
+    all its turns in their order, since each image belongs to a turn.
 
     Args:
         records: what to learn.
         folder: the image folder; None if no record has images.
         processor: a LLaVA-style processor.
-        max_turns: turns per record and epoch; 0 keeps all, in their order.
+        max_turns: turns per record and epoch; 0 keeps all, in their order, as a record with several
+            images always does.
         max_length: longest sequence in tokens; a longer one is an error, since cutting it could cut
             an image.
         seed: of the choice of turns.
@@ -87,7 +89,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
 
 
 def _images_first(record: Record, turns: list[Turn]) -> list[Turn]:
-    """Put the image before every question: it belongs to the conversation, not to one turn."""
+    """Put the one image before every question: it belongs to the conversation, not to one turn."""
     if not record.images:
         return turns
     plain = [Turn(turn.text, turn.answer) for turn in turns]

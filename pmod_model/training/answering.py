@@ -44,15 +44,25 @@ def make_question(prompt: str, image: Image.Image | None, place: str) -> Questio
 
 
 def record_question(record: Record, folder: Path | None, place: str) -> Question:
-    """The first question of a record and its image."""
+    """The first question of a record and its image.
+
+    The image comes first unless that question says where, even if a later one holds the marker: so
+    it is for prompts, and for turns drawn in training.
+
+    Raises:
+        InputError: the record has several images, or its image cannot be used.
+    """
+    place = f"{place} record (id {record.id!r})"
     if len(record.images) > 1:
         raise InputError(
             place, "image", "at most one image in a question to answer", len(record.images)
         )
-    image = None
+    turn, image = record.turns[0], None
     if record.images:
         image = open_image(resolve_image(folder or Path(), record.images[0], place), place)
-    return Question(record.turns[0], image)
+        if IMAGE not in turn.question:
+            turn = Turn(f"{IMAGE}\n{turn.question}", turn.answer)
+    return Question(turn, image)
 
 
 def answer(

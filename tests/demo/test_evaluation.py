@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
 from pmod_model.data.easyvqa import easy_vqa_records
+from pmod_model.data.encoding import encode_prompt
 from pmod_model.data.errors import InputError
 from pmod_model.data.records import Record, Turn
-from pmod_model.training.answering import make_question, unknown_words
+from pmod_model.training.answering import make_question, record_question, unknown_words
 from pmod_model.training.evaluate import blind_baselines, normal, score, share, spaced
 
 
@@ -67,6 +69,32 @@ def test_spaced_questions_cover_the_set() -> None:
 def test_image_comes_first_unless_the_prompt_places_it(picture: Image.Image) -> None:
     assert make_question("color?", picture, "x").turn.question == "<image>\ncolor?"
     assert make_question("in <image>, color?", picture, "x").turn.question == "in <image>, color?"
+
+
+def test_image_of_a_later_turn_comes_before_the_first_question(
+    processor: Any, training_records: tuple[list[Record], Path]
+) -> None:
+    records, folder = training_records
+    (name,) = records[0].images
+    late = Record("7", (name,), (Turn("is it big?", "no"), Turn("<image>\ncolor?", "blue")))
+    asked = record_question(late, folder, "data.json")
+    assert asked.turn == Turn("<image>\nis it big?", "no")
+    ids = encode_prompt(processor, asked.turn, asked.image)["input_ids"]
+    assert int((ids == processor.image_token_id).sum()) == 64
+    placed = Record("8", (name,), (Turn("in <image>, color?", "blue"),))
+    assert record_question(placed, folder, "data.json").turn == placed.turns[0]
+    text = Record("9", (), (Turn("color?", "blue"),))
+    assert record_question(text, None, "data.json").turn == text.turns[0]
+
+
+def test_record_that_cannot_be_asked_is_named(tmp_path: Path) -> None:
+    several = Record("7", ("a.png", "b.png"), (Turn("<image> or <image>?", "b"),))
+    with pytest.raises(
+        InputError, match=r"data.json record \(id '7'\): image: expected at most one"
+    ):
+        record_question(several, tmp_path, "data.json")
+    with pytest.raises(InputError, match=r"data.json record \(id '0'\): image 'a.png': expected"):
+        record_question(question("a?", "b"), tmp_path, "data.json")
 
 
 @pytest.mark.parametrize("prompt", ["", "  \n", "<image>"])
