@@ -8,13 +8,20 @@
 
 #include <string>
 
+#include "cpu/isa/dispatch.h"
+
 namespace {
 
 // JSON, so that fields can be added without a change of the op's schema. PMOD_COMPILER and
 // PMOD_TORCH_TARGET are string literals written by CMakeLists.txt.
 std::string build_info() {
-  return R"({"compiler": ")" PMOD_COMPILER
-         R"(", "isa": ["baseline"], "cuda": false, "torch_target": ")" PMOD_TORCH_TARGET R"("})";
+  std::string levels;
+  for (const pmod::cpu::Isa isa : pmod::cpu::available_isas()) {
+    levels += (levels.empty() ? "\"" : ", \"") + pmod::cpu::isa_name(isa) + "\"";
+  }
+  return R"({"compiler": ")" PMOD_COMPILER R"(", "isa": [)" + levels + R"(], "active_isa": ")" +
+         pmod::cpu::isa_name(pmod::cpu::active_isa()) +
+         R"(", "cuda": false, "torch_target": ")" PMOD_TORCH_TARGET R"("})";
 }
 
 PyModuleDef module_definition = {

@@ -171,21 +171,26 @@ def load_kernels() -> None:
             f"({error}); rebuild them with `pip install --force-reinstall --no-deps .` in the "
             "source folder"
         ) from error
+    try:
+        torch.ops.pmod.build_info()
+    except RuntimeError as error:  # the environment asks for an instruction set that is not there
+        raise ImportError(str(error)) from None
 
 
 def backend_info() -> dict[str, Any]:
     """What was compiled, and which implementation serves each device.
 
     Returns:
-        A dictionary with `build` (compiler, instruction sets, CUDA architectures), `torch` and, for
-        each device, the implementation that serves it and why.
+        A dictionary with `build` (compiler, the instruction sets that were compiled and that this
+        CPU has, the active one, CUDA architectures), `torch` and, for each device, what serves it
+        and why.
     """
     build = json.loads(torch.ops.pmod.build_info())
     return {
         "torch": torch.__version__,
         "build": build,
         "devices": {
-            "cpu": "C++ (pmod_ops._C)",
+            "cpu": f"C++ (pmod_ops._C), {build['active_isa']}",
             "cuda": "none: this build has CPU kernels only",
         },
     }

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmod_ops._carry import carry_of, mark_residual, stand_in
 from pmod_ops._checks import (
     acc_dtype,
     check_eps,
@@ -15,8 +16,17 @@ from pmod_ops._checks import (
     check_slots,
     check_vector,
 )
-from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat
+from pmod_ops._library import (
+    GradientBuffer,
+    autograd,
+    chain,
+    define,
+    fake,
+    flat,
+    refuse_double_backward,
+)
 from pmod_ops.gather import results
+from pmod_ops.route import needs_grad
 from pmod_ops.routing import Routing
 
 define(
@@ -24,8 +34,9 @@ define(
     " -> (Tensor residual, Tensor rows, Tensor rstd)"
 )
 define(
-    "gather_add_rmsnorm_backward_(Tensor(a!) grad_x, Tensor? grad_residual, Tensor? grad_rows,"
-    " Tensor residual, Tensor index, Tensor norm_weight, Tensor rstd, bool accumulate)"
+    "gather_add_rmsnorm_backward_(Tensor(a!)? grad_x, Tensor? grad_residual, Tensor? grad_out,"
+    " Tensor? grad_rows, Tensor residual, Tensor index, Tensor norm_weight, Tensor rstd,"
+    " bool accumulate)"
     " -> (Tensor grad_attn_out, Tensor grad_norm_weight)"
 )
 
@@ -41,8 +52,9 @@ def _gather_add_rmsnorm_fake(
 
 @fake("gather_add_rmsnorm_backward_")
 def _gather_add_rmsnorm_backward_fake(
-    grad_x: Tensor,
+    grad_x: Tensor | None,
     grad_residual: Tensor | None,
+    grad_out: Tensor | None,
     grad_rows: Tensor | None,
     residual: Tensor,
     index: Tensor,
@@ -75,6 +87,7 @@ def _backward(
     grad_attn_out, grad_norm_weight = torch.ops.pmod.gather_add_rmsnorm_backward_(
         buffer.rows,
         grad_residual,
+        None,
         grad_rows,
         residual,
         index,
@@ -87,6 +100,38 @@ def _backward(
 
 autograd("gather_add_rmsnorm", _setup, _backward)
 _gather_add_rmsnorm_chain = chain("gather_add_rmsnorm", _setup, _backward)
+
+
+class _Carried(torch.autograd.Function):
+    """The op for the x of a `Carry`: the kept rows' gradient goes to its stand-in, not to x.
+
+    The last output stands for the rows of the residual in [N, D], see `mark_residual`.
+    """
+
+    @staticmethod
+    def forward(x: Tensor, kept: Tensor, *args: Any) -> Any:
+        out = torch.ops.pmod.gather_add_rmsnorm(flat(x), *args)
+        return *out, stand_in(x, x.numel() // x.shape[-1], x.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _x, _kept, _attn_out, index, norm_weight, _eps = inputs
+        residual, _rows, rstd, _of_residual = output
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(residual, index, norm_weight, rstd)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        refuse_double_backward("gather_add_rmsnorm")
+        grad_residual, grad_rows, _grad_rstd, grad_out = grads
+        if grad_residual is None and grad_rows is None and grad_out is None:
+            return (None,) * 6
+        residual, index, norm_weight, rstd = ctx.saved_tensors
+        grad_attn_out, grad_weight = torch.ops.pmod.gather_add_rmsnorm_backward_(
+            None, grad_residual, grad_out, grad_rows, residual, index, norm_weight, rstd, False
+        )
+        grad_weight = grad_weight.to(norm_weight.dtype)
+        return None, grad_attn_out, grad_attn_out, None, grad_weight, None
 
 
 def gather_add_rmsnorm(
@@ -125,12 +170,15 @@ def gather_add_rmsnorm(
     check_eps(op, eps)
     weight = check_vector(op, "norm_weight", norm_weight, x)
     attn = check_slots(op, "attn_out", attn_out, routing, x)
-    tracked = x.requires_grad or attn.requires_grad or weight.requires_grad
-    if return_x and torch.is_grad_enabled() and tracked:
-        residual, rows, _rstd, x = _gather_add_rmsnorm_chain(x, attn, routing.index, weight, eps)
+    arguments = (attn, routing.index, weight, eps)
+    carry, of_residual = carry_of(routing, x), None
+    if carry is not None:
+        residual, rows, _rstd, of_residual = _Carried.apply(x, carry.kept, *arguments)
+    elif return_x and needs_grad(x, attn, weight):
+        residual, rows, _rstd, x = _gather_add_rmsnorm_chain(x, *arguments)
     else:
-        residual, rows, _rstd = torch.ops.pmod.gather_add_rmsnorm(
-            flat(x), attn, routing.index, weight, eps
-        )
-    shape = attn_out.shape
-    return results(residual.view(shape), rows.view(shape), x if return_x else None)
+        residual, rows, _rstd = torch.ops.pmod.gather_add_rmsnorm(flat(x), *arguments)
+    residual, rows = residual.view(attn_out.shape), rows.view(attn_out.shape)
+    if of_residual is not None:
+        mark_residual(residual, of_residual, routing)
+    return results(residual, rows, x if return_x else None)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pmod_ops._checks import acc_dtype
-from pmod_ops.plan import ALWAYS, ROUTABLE, RoutingPlan
+from pmod_ops.plan import ALWAYS, PADDING, ROUTABLE, RoutingPlan
 from pmod_ops.routing import Layout, Routing
 
 
@@ -197,12 +197,14 @@ def weighted_scatter_add(
     gate_mlp: bool = True,
     scale_skipped: bool = True,
     next_router: tuple[Tensor, Tensor | float | None] | None = None,
+    finite: Tensor | None = None,
     return_x: bool = False,
 ) -> Any:
     """Write the kept rows back and weight both kept and skipped routable rows.
 
     Kept routable: residual + gate * update (update alone if not gate_mlp). Kept other: residual +
-    update. Skipped: gate * x (x if not scale_skipped). Padding: x.
+    update. Skipped: gate * x (x if not scale_skipped). Padding: x. `finite` becomes False if a row
+    other than padding is not finite.
     """
     acc = acc_dtype(x.dtype)
     routable = routing.kind == ROUTABLE
@@ -217,6 +219,8 @@ def weighted_scatter_add(
         skipped = (routable & (routing.inverse < 0)).nonzero()[:, 0]
         scaled = (gate[skipped, None] * flat(x)[skipped].to(acc)).to(x.dtype)
         out = out.index_copy(0, skipped, scaled)
+    if finite is not None:
+        finite.logical_and_(out[routing.kind != PADDING].isfinite().all())
     results: list[Tensor] = [out.view(x.shape)]
     if next_router is not None:
         results.append(torch.where(routable, score(out, *next_router), 0))
@@ -234,6 +238,7 @@ def weighted_scatter_add_(
     gate_mlp: bool = True,
     scale_skipped: bool = True,
     next_router: tuple[Tensor, Tensor | float | None] | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor | None:
     """`weighted_scatter_add` written into x; returns the next layer's logits, if asked for."""
     with torch.no_grad():
@@ -245,6 +250,7 @@ def weighted_scatter_add_(
             gate_mlp=gate_mlp,
             scale_skipped=scale_skipped,
             next_router=next_router,
+            finite=finite,
         )
         y, next_logits = out if next_router is not None else (out, None)
         x.copy_(y)

@@ -19,9 +19,18 @@ from pmod_ops._checks import (
     check_vector,
     fail,
 )
-from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat, start_chain
+from pmod_ops._library import (
+    GradientBuffer,
+    autograd,
+    chain,
+    chain_mark,
+    define,
+    fake,
+    flat,
+    start_chain,
+)
 from pmod_ops.plan import RoutingPlan, check_plan
-from pmod_ops.routing import Layout, RouterGradient, Routing
+from pmod_ops.routing import Carry, Layout, RouterGradient, Routing
 
 ACTIVATIONS = ("none", "tanh", "sigmoid", "softmax")  # the integers the kernels know, in order
 
@@ -239,6 +248,7 @@ def make_routing(
     index: Tensor,
     inverse: Tensor,
     router: RouterGradient | None = None,
+    carry: Carry | None = None,
 ) -> Routing:
     """Put the outputs of the op together with what the plan knows of the layer."""
     return Routing(
@@ -252,6 +262,7 @@ def make_routing(
         max_kept=plan.max_kept(layer),
         layout=layout,
         router=router,
+        carry=carry,
     )
 
 
@@ -275,7 +286,7 @@ def fold_router(
     if activation == "softmax" or torch.compiler.is_compiling():
         return None
     kind = ACTIVATIONS.index(activation)
-    mark = start_chain(x)
+    mark = chain_mark(x) or start_chain(x)
     return RouterGradient(weight, bias, gate, float(gate_scale), kind, mark, x._version)
 
 

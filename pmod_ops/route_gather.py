@@ -7,8 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmod_ops._carry import stand_in
 from pmod_ops._checks import acc_dtype, check_bias, check_eps, check_vector
-from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat
+from pmod_ops._library import (
+    GradientBuffer,
+    autograd,
+    chain,
+    define,
+    fake,
+    flat,
+    receiver,
+    refuse_double_backward,
+    start_chain,
+)
 from pmod_ops.gather import gather
 from pmod_ops.gather_rmsnorm import gather_rmsnorm
 from pmod_ops.plan import RoutingPlan
@@ -21,7 +32,7 @@ from pmod_ops.route import (
     route,
     route_arguments,
 )
-from pmod_ops.routing import Layout
+from pmod_ops.routing import Carry, Layout
 
 define(
     "route_gather(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor kind,"
@@ -31,9 +42,9 @@ define(
 )
 define(
     "route_gather_backward_(Tensor(a!) grad_x, Tensor? grad_logits, Tensor? grad_gate,"
-    " Tensor? grad_rows, Tensor x, Tensor router_weight, Tensor logits, Tensor kind,"
-    " Tensor cu_seqlens, Tensor index, Tensor inverse, Tensor? norm_weight, Tensor rstd,"
-    " float gate_scale, int activation)"
+    " Tensor? grad_rows, Tensor? grad_kept, Tensor x, Tensor router_weight, Tensor logits,"
+    " Tensor kind, Tensor cu_seqlens, Tensor index, Tensor inverse, Tensor? norm_weight,"
+    " Tensor rstd, float gate_scale, int activation, bool overwrite)"
     " -> (Tensor grad_router_weight, Tensor grad_router_bias, Tensor grad_norm_weight)"
 )
 
@@ -69,6 +80,7 @@ def _route_gather_backward_fake(
     grad_logits: Tensor | None,
     grad_gate: Tensor | None,
     grad_rows: Tensor | None,
+    grad_kept: Tensor | None,
     x: Tensor,
     router_weight: Tensor,
     logits: Tensor,
@@ -108,13 +120,19 @@ def _backward(
     *,
     grad_x: Tensor | None = None,
 ) -> Any:
-    x, weight, *saved = ctx.saved_tensors
-    norm_weight = saved[5]
     if grad_logits is None and grad_gate is None and grad_rows is None:
         return (grad_x,) + (None,) * 13
+    return _run_backward(ctx, grad_x, (grad_logits, grad_gate, grad_rows, None), False)
+
+
+def _run_backward(
+    ctx: Any, grad_x: Tensor | None, grads: tuple[Tensor | None, ...], overwrite: bool
+) -> Any:
+    x, weight, *saved = ctx.saved_tensors
+    norm_weight = saved[5]
     buffer = GradientBuffer(grad_x, x, ctx)
     grad_weight, grad_bias, grad_norm_weight = torch.ops.pmod.route_gather_backward_(
-        buffer.rows, grad_logits, grad_gate, grad_rows, flat(x), weight, *saved, *ctx.gate
+        buffer.rows, *grads, flat(x), weight, *saved, *ctx.gate, overwrite
     )
     grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
     grad_norm = None if norm_weight is None else grad_norm_weight.to(norm_weight.dtype)
@@ -124,6 +142,33 @@ def _backward(
 
 autograd("route_gather", _setup, _backward)
 _route_gather_chain = chain("route_gather", _setup, _backward)
+
+
+class _Carried(torch.autograd.Function):
+    """The op, x, and the stand-ins of a `Carry`, whose gradients end here."""
+
+    @staticmethod
+    def forward(x: Tensor, *args: Any) -> Any:
+        out = torch.ops.pmod.route_gather(flat(x), *args)
+        kept = stand_in(x, out[2].shape[0], x.shape[-1])
+        return *out, x.view_as(x), kept, stand_in(x, *x.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.feeds = receiver(inputs[0])
+        _setup(ctx, inputs, output[:6])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        refuse_double_backward("route_gather")
+        logits, gate, _index, _inverse, rows, _rstd, grad_x, kept, skipped = grads
+        if all(g is None for g in (logits, gate, rows, kept, skipped)):
+            return (grad_x,) + (None,) * 13
+        of_x, *others = _run_backward(ctx, skipped, (logits, gate, rows, kept), True)
+        if grad_x is not None:
+            of_x.add_(grad_x)
+        return (of_x, *others)
 
 
 def route_gather(
@@ -145,8 +190,9 @@ def route_gather(
     """Choose the rows `layer` processes, and return them, normalised if there is a norm weight.
 
     Equal to `route` followed by `gather_rmsnorm` (by `gather` without `norm_weight`); see there
-    for the equations, the tie rule and the rounding. In training, the gradients of the router and
-    of the gather are added to the gradient of x in one pass.
+    for the equations, the tie rule and the rounding. In training, if x goes on to
+    `gather_add_rmsnorm` and `weighted_scatter_add` as returned, every row of its gradient is
+    written once. That gradient goes past the returned x: ask for that of the x passed in.
 
     Args:
         x: [N, D] or [B, S, D], fp32, bf16, fp16 or fp64, un-normalised; made contiguous if it is
@@ -188,11 +234,15 @@ def route_gather(
     weight = check_vector(op, "router_weight", router_weight, x)
     bias = check_bias(op, "router_bias", router_bias, x)
     norm = None if norm_weight is None else check_vector(op, "norm_weight", norm_weight, x)
-    router = None
-    if return_x and needs_grad(x, weight, bias, norm):
-        *routed, rows, _rstd, x = _route_gather_chain(x, weight, bias, *sizes, norm, eps)
-        router = fold_router(x, weight, bias, routed[1], gate_scale, activation)
+    router = carry = None
+    arguments = (weight, bias, *sizes, norm, eps)
+    if not (return_x and needs_grad(x, weight, bias, norm)):
+        *routed, rows, _rstd = torch.ops.pmod.route_gather(flat(x), *arguments)
+    elif torch.compiler.is_compiling():
+        *routed, rows, _rstd, x = _route_gather_chain(x, *arguments)
     else:
-        *routed, rows, _rstd = torch.ops.pmod.route_gather(flat(x), weight, bias, *sizes, norm, eps)
-    routing = make_routing(plan, layer, layout, *routed, router=router)
+        *routed, rows, _rstd, x, kept, skipped = _Carried.apply(x, *arguments)
+        carry = Carry(kept, skipped, start_chain(x), x._version)
+        router = fold_router(x, weight, bias, routed[1], gate_scale, activation)
+    routing = make_routing(plan, layer, layout, *routed, router=router, carry=carry)
     return results_with_x(routing, routing.rows(rows), x if return_x else None)

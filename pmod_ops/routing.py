@@ -32,6 +32,23 @@ class RouterGradient:
 
 
 @dataclass(frozen=True, eq=False)
+class Carry:
+    """Stand-ins for x whose gradients reach `route_gather` by the shortest way.
+
+    They have a shape and a place in the graph, but no memory. The gradient of `kept` [slots, D] is
+    that of the gathered rows of x; the gradient of `skipped`, shaped like x, is that of the other
+    rows, and what its kept rows hold is ignored. So no reader of x has to add to, or even zero,
+    rows that are not its own. Used only for the x returned with the routing, unchanged (`chain`,
+    `version`).
+    """
+
+    kept: Tensor
+    skipped: Tensor
+    chain: object
+    version: int
+
+
+@dataclass(frozen=True, eq=False)
 class Routing:
     """The rows one layer keeps. Made by `route` and `route_gather`; read by every other op.
 
@@ -50,6 +67,7 @@ class Routing:
         max_kept: kept rows of the longest sequence, on the host (`max_seqlen` of flash-attn).
         layout: "packed" or "padded".
         router: set by `return_x=True`, see `RouterGradient`.
+        carry: set by `route_gather(return_x=True)`, see `Carry`.
     """
 
     index: Tensor
@@ -62,6 +80,7 @@ class Routing:
     max_kept: int
     layout: Layout = "packed"
     router: RouterGradient | None = None
+    carry: Carry | None = None
 
     @property
     def mask(self) -> Tensor | None:

@@ -58,6 +58,15 @@ class Sample:
         return self.values in ("normal", "ties")
 
     @property
+    def is_batch(self) -> bool:
+        """All sequences have one length."""
+        lengths = {
+            sum(int(word[1:] or 1) for word in sequence.split() if word != "|")
+            for sequence in self.sequences
+        }
+        return len(lengths) == 1
+
+    @property
     def gate(self) -> dict[str, Any]:
         """The keyword arguments of `route`."""
         names = ("gate_scale", "gate_bias", "activation")

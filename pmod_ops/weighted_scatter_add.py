@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmod_ops._carry import carry_of, rows_of_residual
 from pmod_ops._checks import (
     acc_dtype,
     check_bias,
@@ -36,14 +37,17 @@ from pmod_ops.routing import RouterGradient, Routing
 
 _REST = (
     "Tensor residual, Tensor update, Tensor gate, Tensor inverse, Tensor kind, bool gate_mlp,"
-    " bool scale_skipped, Tensor? next_weight, Tensor? next_bias"
+    " bool scale_skipped, Tensor? next_weight, Tensor? next_bias, bool check_finite"
 )
-define(f"weighted_scatter_add(Tensor x, {_REST}) -> (Tensor out, Tensor next_logits)")
-define(f"weighted_scatter_add_(Tensor(a!) x, {_REST}) -> Tensor")
+define(
+    f"weighted_scatter_add(Tensor x, {_REST}) -> (Tensor out, Tensor next_logits, Tensor finite)"
+)
+define(f"weighted_scatter_add_(Tensor(a!) x, {_REST}) -> (Tensor next_logits, Tensor finite)")
 define(
     "weighted_scatter_add_backward(Tensor grad_out, Tensor x, Tensor update, Tensor gate,"
     " Tensor inverse, Tensor kind, bool gate_mlp, bool scale_skipped,"
-    " Tensor? router_weight, Tensor? logits, float gate_scale, int activation)"
+    " Tensor? router_weight, Tensor? logits, float gate_scale, int activation,"
+    " bool write_residual, bool zero_kept)"
     " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_update, Tensor grad_gate,"
     " Tensor grad_router_weight, Tensor grad_router_bias)"
 )
@@ -52,20 +56,20 @@ define(
 @fake("weighted_scatter_add")
 def _weighted_scatter_add_fake(
     x: Tensor, residual: Tensor, update: Tensor, gate: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), _next_logits_fake(x, gate, rest[4])
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_weighted_scatter_add_inplace_fake(
+        x, residual, update, gate, *rest
+    )
 
 
 @fake("weighted_scatter_add_")
 def _weighted_scatter_add_inplace_fake(
     x: Tensor, residual: Tensor, update: Tensor, gate: Tensor, *rest: Any
-) -> Tensor:
-    return _next_logits_fake(x, gate, rest[4])
-
-
-def _next_logits_fake(x: Tensor, gate: Tensor, next_weight: Tensor | None) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    next_weight, _next_bias, check_finite = rest[4:]
     rows = 0 if next_weight is None else x.shape[0]
-    return gate.new_empty(rows, dtype=acc_dtype(x.dtype))
+    next_logits = gate.new_empty(rows, dtype=acc_dtype(x.dtype))
+    return next_logits, x.new_empty(int(check_finite), dtype=torch.bool)
 
 
 @fake("weighted_scatter_add_backward")
@@ -79,13 +83,17 @@ def _weighted_scatter_add_backward_fake(
     gate_mlp: bool,
     scale_skipped: bool,
     router_weight: Tensor | None,
-    *rest: Any,
+    logits: Tensor | None,
+    gate_scale: float,
+    activation: int,
+    write_residual: bool,
+    zero_kept: bool,
 ) -> tuple[Tensor, ...]:
     hidden, one = (0, 0) if router_weight is None else (x.shape[1], 1)
     acc = acc_dtype(x.dtype)
     return (
         x.new_empty(x.shape),
-        update.new_empty(update.shape),
+        update.new_empty(update.shape if write_residual else (0, update.shape[1])),
         update.new_empty(update.shape),
         gate.new_empty(gate.shape),
         x.new_empty(hidden, dtype=acc),
@@ -94,26 +102,29 @@ def _weighted_scatter_add_backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, _residual, update, gate, inverse, kind, gate_mlp, scale_skipped, next_weight, _ = inputs
+    x, _residual, update, gate, inverse, kind, gate_mlp, scale_skipped, next_weight, *_ = inputs
     ctx.save_for_backward(x, update, gate, inverse, kind)
     ctx.flags = (gate_mlp, scale_skipped)
     ctx.scores_next = next_weight is not None
 
 
-def _backward(ctx: Any, grad_out: Tensor | None, grad_next_logits: Tensor | None) -> Any:
+def _backward(
+    ctx: Any, grad_out: Tensor | None, grad_next_logits: Tensor | None, grad_finite: None
+) -> Any:
     if ctx.scores_next:
         raise RuntimeError("pmod_ops.weighted_scatter_add: next_router has no gradient")
     if grad_out is None:
-        return (None,) * 10
+        return (None,) * 11
     x, update, gate, inverse, kind = ctx.saved_tensors
     grad_x, grad_residual, grad_update, grad_gate, _, _ = (
         torch.ops.pmod.weighted_scatter_add_backward(
-            grad_out, x, update, gate, inverse, kind, *ctx.flags, None, None, 0.0, 0
+            grad_out, x, update, gate, inverse, kind, *ctx.flags, *_NO_ROUTER, True, True
         )
     )
-    return (grad_x, grad_residual, grad_update, grad_gate) + (None,) * 6
+    return (grad_x, grad_residual, grad_update, grad_gate) + (None,) * 7
 
 
+_NO_ROUTER = (None, None, 0.0, 0)
 autograd("weighted_scatter_add", _setup, _backward)
 
 
@@ -121,7 +132,9 @@ class _Chain(torch.autograd.Function):
     """The last reader of x: starts the gradient buffer, and finishes the router of skipped rows.
 
     Skipped routable rows count as gated by act(x . router_weight + router_bias) computed here, so
-    their gate gets no gradient and x, weight and bias get it directly.
+    their gate gets no gradient and x, weight and bias get it directly. With the stand-in `skipped`
+    the gradient of x goes there, kept rows unwritten; with `of_residual` that of the residual goes
+    there, as the incoming gradient itself.
     """
 
     @staticmethod
@@ -132,60 +145,62 @@ class _Chain(torch.autograd.Function):
         gate: Tensor,
         router_weight: Tensor | None,
         router_bias: Tensor | None,
+        skipped: Tensor | None,
+        of_residual: Tensor | None,
         logits: Tensor,
         inverse: Tensor,
         kind: Tensor,
         flags: tuple[bool, bool],
         router_gate: tuple[float, int],
+        check_finite: bool,
     ) -> Any:
-        out, _ = torch.ops.pmod.weighted_scatter_add(
-            flat(x), residual, update, gate, inverse, kind, *flags, None, None
+        out, _, finite = torch.ops.pmod.weighted_scatter_add(
+            flat(x), residual, update, gate, inverse, kind, *flags, None, None, check_finite
         )
-        return out.view(x.shape), x.view_as(x)
+        return out.view(x.shape), x.view_as(x), finite
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        x, _residual, update, gate, weight, bias, logits, inverse, kind, flags, router_gate = inputs
+        x, _residual, update, gate, weight, bias, skipped, of_residual, *rest = inputs
+        logits, inverse, kind, ctx.flags, ctx.router_gate, _check_finite = rest
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, update, gate, inverse, kind, weight, logits)
-        ctx.flags, ctx.router_gate, ctx.feeds = flags, router_gate, receiver(x)
+        ctx.feeds = receiver(x if skipped is None else skipped)
+        ctx.carried = (skipped is not None, of_residual is not None)
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         refuse_double_backward("weighted_scatter_add")
-        grad_out, grad_x_out = grads
+        grad_out, grad_x_out, _ = grads
         if grad_out is None:
-            return (grad_x_out,) + (None,) * 10
+            return (grad_x_out,) + (None,) * 13
         x, update, gate, inverse, kind, weight, logits = ctx.saved_tensors
+        skipped, of_residual = ctx.carried
+        grad_out = flat(grad_out)
+        router = (weight, None if weight is None else logits, *ctx.router_gate)
         grad_x, grad_residual, grad_update, grad_gate, grad_weight, grad_bias = (
             torch.ops.pmod.weighted_scatter_add_backward(
-                flat(grad_out),
-                flat(x),
-                update,
-                gate,
-                inverse,
-                kind,
-                *ctx.flags,
-                weight,
-                None if weight is None else logits,
-                *ctx.router_gate,
+                *(grad_out, flat(x), update, gate, inverse, kind, *ctx.flags),
+                *(*router, not of_residual, not skipped),
             )
         )
-        grad_x = grad_x.view(x.shape)
-        if grad_x_out is not None:
-            grad_x = grad_x + grad_x_out
-        grad_weight = None if weight is None else grad_weight.to(weight.dtype)
-        grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
-        given = (
-            hand_over(grad_x, ctx.feeds),
-            grad_residual,
+        given = [
+            grad_x_out,
+            None if of_residual else grad_residual,
             grad_update,
             grad_gate,
-            grad_weight,
-            grad_bias,
-        )
-        return given + (None,) * 5
+            None if weight is None else grad_weight.to(weight.dtype),
+            None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype),
+            None,
+            grad_out if of_residual else None,
+        ]
+        grad_x = grad_x.view(x.shape)
+        if skipped:
+            given[6] = hand_over(grad_x, ctx.feeds)
+        else:
+            given[0] = hand_over(grad_x if grad_x_out is None else grad_x + grad_x_out, ctx.feeds)
+        return (*given, *(None,) * 6)
 
 
 def weighted_scatter_add(
@@ -197,6 +212,7 @@ def weighted_scatter_add(
     gate_mlp: bool = True,
     scale_skipped: bool = True,
     next_router: tuple[Tensor, Tensor | float | None] | None = None,
+    finite: Tensor | None = None,
     return_x: bool = False,
 ) -> Any:
     """Write the output of a routed layer.
@@ -214,6 +230,8 @@ def weighted_scatter_add(
         scale_skipped: multiply skipped routable rows by the gate (STRing).
         next_router: (weight, bias) of the next routed layer: also score the rows just written. For
             inference only.
+        finite: bool [1], set to False if a row of out other than padding holds an infinity or NaN,
+            else left as it is: one flag for many layers, read when the caller likes.
         return_x: also return x, for the next reader of x.
 
     Returns:
@@ -226,7 +244,8 @@ def weighted_scatter_add(
             autograd.
     """
     op = "weighted_scatter_add"
-    residual, update = _check(op, x, residual, update, routing)
+    of_residual = rows_of_residual(residual, routing) if isinstance(routing, Routing) else None
+    residual, update = _check(op, x, residual, update, routing, finite)
     weight, bias = _check_next_router(op, next_router, x)
     tracked = needs_grad(x, residual, update, routing.gate)
     if next_router is not None and (tracked or needs_grad(weight, bias)):
@@ -234,23 +253,18 @@ def weighted_scatter_add(
             f"pmod_ops.{op}: next_router: expected None where gradients are recorded, got a router;"
             " score the next layer in its own route, or use torch.no_grad()"
         )
-    if tracked and (return_x or routing.router is not None):
-        out, chained = _weighted_scatter_add_chain(
-            x, residual, update, routing, (gate_mlp, scale_skipped)
+    flags = (gate_mlp, scale_skipped)
+    if tracked and (return_x or routing.router is not None or routing.carry is not None):
+        out, chained, found = _weighted_scatter_add_chain(
+            x, residual, update, routing, of_residual, flags, finite is not None
         )
+        _note(finite, found)
         return results(out, chained if return_x else None)
-    out, next_logits = torch.ops.pmod.weighted_scatter_add(
-        flat(x),
-        residual,
-        update,
-        routing.gate,
-        routing.inverse,
-        routing.kind,
-        gate_mlp,
-        scale_skipped,
-        weight,
-        bias,
+    maps = (routing.gate, routing.inverse, routing.kind)
+    out, next_logits, found = torch.ops.pmod.weighted_scatter_add(
+        flat(x), residual, update, *maps, *flags, weight, bias, finite is not None
     )
+    _note(finite, found)
     scored = None if next_router is None else next_logits
     return results(out.view(x.shape), scored, x if return_x else None)
 
@@ -264,6 +278,7 @@ def weighted_scatter_add_(
     gate_mlp: bool = True,
     scale_skipped: bool = True,
     next_router: tuple[Tensor, Tensor | float | None] | None = None,
+    finite: Tensor | None = None,
 ) -> Tensor | None:
     """`weighted_scatter_add` written into x: no rows are allocated. Inference only.
 
@@ -276,6 +291,7 @@ def weighted_scatter_add_(
         gate_mlp: multiply `update` of routable rows by the gate.
         scale_skipped: multiply skipped routable rows by the gate.
         next_router: (weight, bias) of the next routed layer.
+        finite: bool [1], see `weighted_scatter_add`.
 
     Returns:
         The next layer's logits [N] if `next_router`, else None.
@@ -286,7 +302,7 @@ def weighted_scatter_add_(
             memory with x.
     """
     op = "weighted_scatter_add_"
-    residual, update = _check(op, x, residual, update, routing)
+    residual, update = _check(op, x, residual, update, routing, finite)
     weight, bias = _check_next_router(op, next_router, x)
     if needs_grad(x, residual, update, routing.gate, weight, bias):
         raise ValueError(
@@ -299,18 +315,12 @@ def weighted_scatter_add_(
                 f"pmod_ops.{op}: {name}: expected memory of its own, got memory of x; pass a copy"
             )
     target = x.contiguous()
-    next_logits = torch.ops.pmod.weighted_scatter_add_(
-        flat(target),
-        residual,
-        update,
-        routing.gate,
-        routing.inverse,
-        routing.kind,
-        gate_mlp,
-        scale_skipped,
-        weight,
-        bias,
+    maps = (routing.gate, routing.inverse, routing.kind)
+    next_logits, found = torch.ops.pmod.weighted_scatter_add_(
+        *(flat(target), residual, update, *maps, gate_mlp, scale_skipped, weight, bias),
+        finite is not None,
     )
+    _note(finite, found)
     if target is not x:
         x.copy_(target)
     elif not torch.compiler.is_compiling():
@@ -319,13 +329,20 @@ def weighted_scatter_add_(
 
 
 def _weighted_scatter_add_chain(
-    x: Tensor, residual: Tensor, update: Tensor, routing: Routing, flags: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    residual: Tensor,
+    update: Tensor,
+    routing: Routing,
+    of_residual: Tensor | None,
+    flags: tuple[bool, bool],
+    check_finite: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     router: RouterGradient | None = routing.router
     if router is not None:
         same_x = chain_mark(x) is router.chain and x._version == router.version
         if not same_x or router.gate is not routing.gate:
             router = None
+    carry = carry_of(routing, x)
     return _Chain.apply(
         x,
         residual,
@@ -333,21 +350,31 @@ def _weighted_scatter_add_chain(
         routing.gate,
         None if router is None else router.weight,
         None if router is None else router.bias,
+        None if carry is None else carry.skipped,
+        of_residual,
         routing.logits.detach(),
         routing.inverse,
         routing.kind,
         flags,
         (0.0, 0) if router is None else (router.gate_scale, router.activation),
+        check_finite,
     )
 
 
+def _note(finite: Tensor | None, found: Tensor) -> None:
+    if finite is not None:
+        finite.logical_and_(found)
+
+
 def _check(
-    op: str, x: Tensor, residual: Tensor, update: Tensor, routing: Routing
+    op: str, x: Tensor, residual: Tensor, update: Tensor, routing: Routing, finite: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     check_rows(op, "x", x)
     check_routing(op, routing, x)
     gate, dtypes = routing.gate, (acc_dtype(x.dtype),)
     check_tensor(op, "routing.gate", gate, shape=routing.inverse.shape, dtypes=dtypes, like=x)
+    if finite is not None:
+        check_tensor(op, "finite", finite, shape=(1,), dtypes=(torch.bool,), like=x)
     return (
         check_slots(op, "residual", residual, routing, x),
         check_slots(op, "update", update, routing, x),

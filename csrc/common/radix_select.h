@@ -5,8 +5,8 @@
 #include <array>
 #include <bit>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
-#include <vector>
 
 namespace pmod {
 
@@ -29,23 +29,31 @@ struct Threshold {
   int64_t ties;
 };
 
-// Requires 1 <= k <= keys.size().
+// Requires 1 <= k <= n. After the first digit few keys are left, so the cost is that of two
+// sweeps over the keys.
 template <typename Key>
-Threshold<Key> kth_largest(const std::vector<Key>& keys, int64_t k) {
+Threshold<Key> kth_largest(const Key* keys, int64_t n, int64_t k) {
   constexpr unsigned kDigit = 11;  // 2,048 counters stay in the first-level cache
-  std::array<int64_t, 1U << kDigit> count{};
-  Key prefix = 0, known = 0;
+  std::array<int32_t, 1U << kDigit> count{};
+  const std::unique_ptr<Key[]> candidates(new Key[n]);
+  const Key* left = keys;
+  Key prefix = 0;
   for (unsigned high = 8 * sizeof(Key); high > 0;) {
     const unsigned low = high > kDigit ? high - kDigit : 0;
     const Key mask = (Key(1) << (high - low)) - 1;
     count.fill(0);
-    for (const Key key : keys) {
-      if ((key & known) == prefix) ++count[(key >> low) & mask];
-    }
+    for (int64_t i = 0; i < n; ++i) ++count[(left[i] >> low) & mask];
     Key digit = mask;
     while (count[digit] < k) k -= count[digit--];
     prefix |= digit << low;
-    known |= mask << low;
+    int64_t matching = 0;
+    for (int64_t i = 0; low > 0 && i < n; ++i) {
+      // may be its own source: a key never moves to a later place
+      candidates[matching] = left[i];
+      matching += ((left[i] >> low) & mask) == digit ? 1 : 0;
+    }
+    left = candidates.get();
+    n = matching;
     high = low;
   }
   return {.key = prefix, .ties = k};

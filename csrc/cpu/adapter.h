@@ -6,11 +6,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -18,7 +18,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/row_ops.h"
+#include "common/row_types.h"
+#include "cpu/rows/loops.h"
 
 namespace pmod::cpu {
 
@@ -39,7 +40,7 @@ void check(bool ok, const Parts&... parts) {
 template <typename Row>
 struct RowType {
   using T = Row;
-  using A = std::conditional_t<std::is_same_v<T, double>, double, float>;
+  using A = Acc<Row>;
 };
 
 template <typename F>
@@ -48,9 +49,9 @@ auto dispatch_rows(const char* op, const char* argument, const Tensor& x, const 
     case ScalarType::Float:
       return f(RowType<float>{});
     case ScalarType::BFloat16:
-      return f(RowType<torch::headeronly::BFloat16>{});
+      return f(RowType<Bf16>{});
     case ScalarType::Half:
-      return f(RowType<torch::headeronly::Half>{});
+      return f(RowType<F16>{});
     default:
       check(x.scalar_type() == ScalarType::Double, "pmod_ops.", op, ": ", argument,
             ": expected float32, bfloat16, float16 or float64");
@@ -99,9 +100,28 @@ inline void check_mutable(const char* op, const char* argument, const Tensor& t,
         ": expected a contiguous tensor, because it is written in place");
 }
 
+// The elements; null if there is no tensor.
+template <typename T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+const T* data(const OptionalTensor& t) {
+  return t ? data<T>(*t) : nullptr;
+}
+
+template <typename T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
 inline void check_range(const char* op, const char* argument, const Tensor& t, int64_t end) {
-  const int32_t* values = t.const_data_ptr<int32_t>();
-  for (int64_t i = 0; i < t.numel(); ++i) {
+  const int32_t* values = data<int32_t>(t);
+  const int64_t size = t.numel();
+  bool ok = true;  // one sweep without branches; only a failure looks for the place
+  for (int64_t i = 0; i < size; ++i) ok = ok & (values[i] >= -1) & (values[i] < end);
+  for (int64_t i = 0; !ok && i < size; ++i) {
     check(values[i] >= -1 && values[i] < end, "pmod_ops.", op, ": ", argument, "[", i,
           "]: expected -1 or 0..", end - 1, ", got ", values[i]);
   }
@@ -114,46 +134,71 @@ inline Tensor index_vector(const char* op, const char* argument, const Tensor& t
   return index;
 }
 
-// A weight in any row type, converted to the accumulate type once.
+// Memory for whole blocks, aligned to a cache line: a vector that crosses one takes twice as long.
 template <typename A>
-std::vector<A> weights(const char* op, const char* argument, const Tensor& t, int64_t size) {
+class AlignedArray {
+ public:
+  explicit AlignedArray(int64_t size = 0)
+      : size_(size),
+        data_(size == 0 ? nullptr : static_cast<A*>(::operator new(size * sizeof(A), kAlignment))) {
+  }
+
+  A* data() { return data_.get(); }  // null if empty
+  [[nodiscard]] const A* data() const { return data_.get(); }
+  [[nodiscard]] int64_t size() const { return size_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{kCacheLine};
+  struct Delete {
+    void operator()(A* data) const { ::operator delete(data, kAlignment); }
+  };
+  int64_t size_;
+  std::unique_ptr<A, Delete> data_;
+};
+
+// A weight in any row type as rows of T meet it: of the accumulate type, padded, in block order.
+template <typename T>
+AlignedArray<Acc<T>> weights(const char* op, const char* argument, const Tensor& t, int64_t size) {
   check_cpu(op, argument, t);
   check(t.dim() == 1 && t.size(0) == size, "pmod_ops.", op, ": ", argument, ": expected ", size,
         " entries, got ", t.numel());
   const Tensor flat = torch::stable::contiguous(t);
-  return dispatch_rows(op, argument, flat, [&](auto type) {
+  std::vector<Acc<T>> elements(padded(size));
+  dispatch_rows(op, argument, flat, [&](auto type) {
     using W = typename decltype(type)::T;
-    const W* values = flat.const_data_ptr<W>();
-    std::vector<A> out(size);
-    for (int64_t i = 0; i < size; ++i) out[i] = static_cast<A>(values[i]);
-    return out;
+    if constexpr (std::is_same_v<Acc<W>, Acc<T>>) {
+      row_loops<W>().widen(data<W>(flat), elements.data(), size);
+    } else {
+      std::vector<Acc<W>> wide(size);
+      row_loops<W>().widen(data<W>(flat), wide.data(), size);
+      std::copy(wide.begin(), wide.end(), elements.begin());
+    }
   });
+  AlignedArray<Acc<T>> blocks(padded(size));
+  row_loops<T>().arrange(elements.data(), blocks.data(), padded(size));
+  return blocks;
 }
 
-template <typename A>
-std::vector<A> weights(const char* op, const char* argument, const OptionalTensor& t,
-                       int64_t size) {
-  return t ? weights<A>(op, argument, *t, size) : std::vector<A>();
+template <typename T>
+AlignedArray<Acc<T>> weights(const char* op, const char* argument, const OptionalTensor& t,
+                             int64_t size) {
+  return t ? weights<T>(op, argument, *t, size) : AlignedArray<Acc<T>>();
 }
 
-// Rows per task: 64 KB, enough to pay for starting one.
-inline int64_t grain(int64_t row_bytes) {
-  return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, row_bytes));
+template <typename T>
+Acc<T> scalar(const char* op, const char* argument, const OptionalTensor& t) {
+  return t ? weights<T>(op, argument, *t, 1).data()[0] : Acc<T>(0);
 }
 
+// Whether rows are better written past the cache: not if half of it can hold them for the next op.
+bool worth_streaming(const Tensor& rows);
+
+// Calls f(begin, end) on ranges of rows, in parallel; a task of less than 64 KB is not worth
+// starting.
 template <typename F>
-void for_rows(int64_t rows, int64_t row_bytes, const F& f) {
-  torch::stable::parallel_for(0, rows, grain(row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) f(r);
-  });
-}
-
-// f(chunk, first row, end row) for every chunk of the rows; chunks do not depend on threads.
-template <typename F>
-void for_chunks(int64_t rows, const F& f) {
-  torch::stable::parallel_for(0, kChunks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) f(c, c * rows / kChunks, (c + 1) * rows / kChunks);
-  });
+void for_ranges(int64_t rows, int64_t row_bytes, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(1, row_bytes));
+  torch::stable::parallel_for(0, rows, grain, f);
 }
 
 }  // namespace pmod::cpu

@@ -1,13 +1,10 @@
 // pmod::gather: reference.gather.
 //
-// One task per range of slots; a slot copies its row, or writes zeros if its index is -1. No two
-// slots hold the same row, so backward writes rows of the gradient of x without atomics. Reads K
-// rows and writes K rows; backward reads K (2K where it adds) and writes K. Bitwise copies; sums
-// round once.
+// One task per range of slots. No two slots hold the same row, so backward writes rows of the
+// gradient of x without atomics. Reads K rows and writes K rows; backward reads K (2K where it
+// adds) and writes K. Bitwise copies; sums round once.
 
 #include "cpu/gather.h"
-
-#include <cstring>
 
 namespace pmod::cpu {
 
@@ -16,16 +13,13 @@ Tensor copy_rows(const char* op, const Tensor& x, const Tensor& index) {
   Tensor rows = torch::stable::new_empty(x, {slots, hidden});
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
-    const T* in = x.const_data_ptr<T>();
-    const int32_t* row_of = index.const_data_ptr<int32_t>();
-    T* out = rows.mutable_data_ptr<T>();
-    for_rows(slots, hidden * sizeof(T), [&](int64_t s) {
-      if (row_of[s] < 0) {
-        zero_row(out + s * hidden, hidden);
-      } else {
-        std::memcpy(out + s * hidden, in + row_of[s] * hidden, hidden * sizeof(T));
-      }
-    });
+    const Gather<T> loop{.x = data<T>(x),
+                         .index = data<int32_t>(index),
+                         .rows = mutable_data<T>(rows),
+                         .hidden = hidden,
+                         .streaming = worth_streaming(rows)};
+    for_ranges(slots, hidden * sizeof(T),
+               [&](int64_t begin, int64_t end) { row_loops<T>().gather(loop, begin, end); });
   });
   return rows;
 }
@@ -48,19 +42,13 @@ void gather_backward(Tensor grad_x, const Tensor& grad_rows_arg, const Tensor& i
   const Tensor index = index_vector(op, "index", index_arg, slots, grad_x.size(0));
   dispatch_rows(op, "grad_rows", grad_rows, [&](auto type) {
     using T = typename decltype(type)::T;
-    using A = typename decltype(type)::A;
-    const T* in = grad_rows.const_data_ptr<T>();
-    const int32_t* row_of = index.const_data_ptr<int32_t>();
-    T* out = grad_x.mutable_data_ptr<T>();
-    for_rows(slots, hidden * sizeof(T), [&](int64_t s) {
-      if (row_of[s] < 0) return;
-      const T* from = in + s * hidden;
-      T* to = out + row_of[s] * hidden;
-      if (accumulate) {
-        for (int64_t i = 0; i < hidden; ++i) to[i] = T(A(to[i]) + A(from[i]));
-      } else {
-        std::memcpy(to, from, hidden * sizeof(T));
-      }
+    const GatherBackward<T> loop{.grad_rows = data<T>(grad_rows),
+                                 .index = data<int32_t>(index),
+                                 .grad_x = mutable_data<T>(grad_x),
+                                 .hidden = hidden,
+                                 .accumulate = accumulate};
+    for_ranges(slots, hidden * sizeof(T), [&](int64_t begin, int64_t end) {
+      row_loops<T>().gather_backward(loop, begin, end);
     });
   });
 }

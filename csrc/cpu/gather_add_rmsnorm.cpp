@@ -1,15 +1,15 @@
 // pmod::gather_add_rmsnorm: reference.gather_add_rmsnorm.
 //
-// One task per range of slots: the residual x[index] + attn_out is rounded and written, then
-// normalised from the cache. Backward adds the gradient through the norm to the one that reached
-// the residual; the sum is the gradient of attn_out and of the kept rows of x. Fixed chunks of
-// slots for the weight. Reads 2K rows and writes 2K; backward reads 3K (4K where it adds) and
-// writes 2K.
+// One task per range of slots. Backward adds the gradient through the norm to the one that reached
+// the residual, which may come as gradients of all rows (`grad_out`) and is then read in place; the
+// sum is the gradient of attn_out and of the kept rows of x. Chunks of slots for the weight. Reads
+// 2K rows and writes 2K; backward reads 3K and writes K, and 2K or K more into a grad_x.
 
 #include <tuple>
 #include <vector>
 
 #include "cpu/adapter.h"
+#include "cpu/chunked_sum.h"
 
 namespace pmod::cpu {
 namespace {
@@ -30,82 +30,77 @@ std::tuple<Tensor, Tensor, Tensor> gather_add_rmsnorm(const Tensor& x_arg,
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const std::vector<A> w = weights<A>(op, "norm_weight", norm_weight, hidden);
-    const T* in = x.const_data_ptr<T>();
-    const T* attn = attn_out.const_data_ptr<T>();
-    const int32_t* row_of = index.const_data_ptr<int32_t>();
-    T* sum = residual.mutable_data_ptr<T>();
-    T* out = rows.mutable_data_ptr<T>();
-    A* scale = rstd.mutable_data_ptr<A>();
-    for_rows(slots, hidden * sizeof(T), [&](int64_t s) {
-      T* to = sum + s * hidden;
-      if (row_of[s] < 0) {
-        zero_row(to, hidden);
-        zero_row(out + s * hidden, hidden);
-        scale[s] = 0;
-        return;
-      }
-      const T* from = in + row_of[s] * hidden;
-      const T* added = attn + s * hidden;
-      for (int64_t i = 0; i < hidden; ++i) to[i] = static_cast<T>(A(from[i]) + A(added[i]));
-      scale[s] = rmsnorm_row(to, w.data(), A(eps), out + s * hidden, hidden);
+    const AlignedArray<A> weight = weights<T>(op, "norm_weight", norm_weight, hidden);
+    const GatherAddRmsnorm<T> loop{.x = data<T>(x),
+                                   .attn_out = data<T>(attn_out),
+                                   .index = data<int32_t>(index),
+                                   .weight = weight.data(),
+                                   .eps = static_cast<A>(eps),
+                                   .residual = mutable_data<T>(residual),
+                                   .rows = mutable_data<T>(rows),
+                                   .rstd = mutable_data<A>(rstd),
+                                   .hidden = hidden,
+                                   .streaming = worth_streaming(residual) && worth_streaming(rows)};
+    for_ranges(slots, hidden * sizeof(T), [&](int64_t begin, int64_t end) {
+      row_loops<T>().gather_add_rmsnorm(loop, begin, end);
     });
   });
   return {residual, rows, rstd};
 }
 
 std::tuple<Tensor, Tensor> gather_add_rmsnorm_backward(
-    Tensor grad_x, const OptionalTensor& grad_residual_arg, const OptionalTensor& grad_rows_arg,
+    const OptionalTensor& grad_x, const OptionalTensor& grad_residual_arg,
+    const OptionalTensor& grad_out_arg, const OptionalTensor& grad_rows_arg,
     const Tensor& residual_arg, const Tensor& index_arg, const Tensor& norm_weight,
     const Tensor& rstd_arg, bool accumulate) {
   const char* op = "gather_add_rmsnorm_backward_";
-  const Tensor residual = matrix(op, "residual", residual_arg, residual_arg.scalar_type(), -1, -1);
+  const ScalarType type_of_rows = residual_arg.scalar_type();
+  const Tensor residual = matrix(op, "residual", residual_arg, type_of_rows, -1, -1);
   const int64_t slots = residual.size(0), hidden = residual.size(1);
-  const ScalarType type_of_rows = residual.scalar_type();
-  OptionalTensor grad_residual, grad_rows;
+  OptionalTensor grad_residual, grad_rows, grad_out;
   if (grad_residual_arg) {
     grad_residual = matrix(op, "grad_residual", *grad_residual_arg, type_of_rows, slots, hidden);
   }
   if (grad_rows_arg) {
     grad_rows = matrix(op, "grad_rows", *grad_rows_arg, type_of_rows, slots, hidden);
   }
-  matrix(op, "grad_x", grad_x, type_of_rows, -1, hidden);
-  check_mutable(op, "grad_x", grad_x, grad_x);
-  const Tensor index = index_vector(op, "index", index_arg, slots, grad_x.size(0));
+  int64_t rows = INT32_MAX;
+  if (grad_out_arg) {
+    grad_out = matrix(op, "grad_out", *grad_out_arg, type_of_rows, -1, hidden);
+    rows = grad_out->size(0);
+  }
+  if (grad_x) {
+    matrix(op, "grad_x", *grad_x, type_of_rows, grad_out ? rows : -1, hidden);
+    check_mutable(op, "grad_x", *grad_x, *grad_x);
+    rows = grad_x->size(0);
+  }
+  const Tensor index = index_vector(op, "index", index_arg, slots, rows);
   const Tensor rstd = vector(op, "rstd", rstd_arg, acc_type(residual), slots);
   Tensor grad_attn_out = torch::stable::new_empty(residual, {slots, hidden});
   Tensor grad_weight = torch::stable::new_empty(residual, {hidden}, acc_type(residual));
   dispatch_rows(op, "residual", residual, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const std::vector<A> w = weights<A>(op, "norm_weight", norm_weight, hidden);
-    const T* sum = residual.const_data_ptr<T>();
-    const T* of_residual = grad_residual ? grad_residual->const_data_ptr<T>() : nullptr;
-    const T* of_rows = grad_rows ? grad_rows->const_data_ptr<T>() : nullptr;
-    const A* scale = rstd.const_data_ptr<A>();
-    const int32_t* row_of = index.const_data_ptr<int32_t>();
-    T* out = grad_x.mutable_data_ptr<T>();
-    T* attn = grad_attn_out.mutable_data_ptr<T>();
-    PartialSums sums(hidden);
-    for_chunks(slots, [&](int64_t c, int64_t begin, int64_t end) {
-      std::vector<A> row(hidden);
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t at = s * hidden;
-        if (row_of[s] < 0) {
-          zero_row(attn + at, hidden);
-          continue;
-        }
-        std::fill(row.begin(), row.end(), A(0));
-        if (of_rows) {
-          rmsnorm_backward_row(of_rows + at, sum + at, w.data(), scale[s], row.data(),
-                               sums.chunk(c), hidden);
-        }
-        if (of_residual) add_row(of_residual + at, row.data(), hidden);
-        store_row(row.data(), false, attn + at, hidden);
-        store_row(row.data(), accumulate, out + row_of[s] * hidden, hidden);
-      }
+    const AlignedArray<A> weight = weights<T>(op, "norm_weight", norm_weight, hidden);
+    const Chunks chunks(slots);
+    ChunkedSum<T> sum(chunks, hidden);
+    chunks.for_each([&](int64_t c, int64_t begin, int64_t end) {
+      const GatherAddRmsnormBackward<T> loop{.grad_residual = data<T>(grad_residual),
+                                             .grad_out = data<T>(grad_out),
+                                             .grad_rows = data<T>(grad_rows),
+                                             .residual = data<T>(residual),
+                                             .index = data<int32_t>(index),
+                                             .weight = weight.data(),
+                                             .rstd = data<A>(rstd),
+                                             .grad_attn_out = mutable_data<T>(grad_attn_out),
+                                             .grad_x = grad_x ? mutable_data<T>(*grad_x) : nullptr,
+                                             .hidden = hidden,
+                                             .accumulate = accumulate,
+                                             .streaming = worth_streaming(grad_attn_out),
+                                             .norm = sum.chunk(c)};
+      row_loops<T>().gather_add_rmsnorm_backward(loop, begin, end);
     });
-    sums.write(grad_weight.mutable_data_ptr<A>());
+    sum.write(mutable_data<A>(grad_weight));
   });
   return {grad_attn_out, grad_weight};
 }

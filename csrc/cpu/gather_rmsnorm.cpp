@@ -1,14 +1,15 @@
 // pmod::gather_rmsnorm: reference.gather_rmsnorm.
 //
-// One task per range of slots: sum of squares of the row, then the row again (it is in the cache),
-// normalised. Backward goes over fixed chunks of slots, so that the gradient of the weight is the
-// same for any number of threads. Reads K rows and writes K rows; backward reads 2K (3K where it
-// adds) and writes K. Rounds before and after the multiplication by the weight, as the norm of a
-// Llama does.
+// One task per range of slots. Backward goes over chunks of slots that do not depend on the number
+// of threads, so that neither does the gradient of the weight. Reads K rows and writes K rows;
+// backward reads 2K (3K where it adds) and writes K. Rounds before and after the multiplication by
+// the weight, as the norm of a Llama does.
 
 #include "cpu/gather_rmsnorm.h"
 
 #include <vector>
+
+#include "cpu/chunked_sum.h"
 
 namespace pmod::cpu {
 
@@ -20,18 +21,17 @@ std::tuple<Tensor, Tensor> normalise_rows(const char* op, const Tensor& x, const
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const std::vector<A> w = weights<A>(op, "norm_weight", norm_weight, hidden);
-    const T* in = x.const_data_ptr<T>();
-    const int32_t* row_of = index.const_data_ptr<int32_t>();
-    T* out = rows.mutable_data_ptr<T>();
-    A* scale = rstd.mutable_data_ptr<A>();
-    for_rows(slots, hidden * sizeof(T), [&](int64_t s) {
-      if (row_of[s] < 0) {
-        zero_row(out + s * hidden, hidden);
-        scale[s] = 0;
-      } else {
-        scale[s] = rmsnorm_row(in + row_of[s] * hidden, w.data(), A(eps), out + s * hidden, hidden);
-      }
+    const AlignedArray<A> weight = weights<T>(op, "norm_weight", norm_weight, hidden);
+    const GatherRmsnorm<T> loop{.x = data<T>(x),
+                                .index = data<int32_t>(index),
+                                .weight = weight.data(),
+                                .eps = static_cast<A>(eps),
+                                .rows = mutable_data<T>(rows),
+                                .rstd = mutable_data<A>(rstd),
+                                .hidden = hidden,
+                                .streaming = worth_streaming(rows)};
+    for_ranges(slots, hidden * sizeof(T), [&](int64_t begin, int64_t end) {
+      row_loops<T>().gather_rmsnorm(loop, begin, end);
     });
   });
   return {rows, rstd};
@@ -62,23 +62,23 @@ Tensor gather_rmsnorm_backward(Tensor grad_x, const Tensor& grad_rows_arg, const
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const std::vector<A> w = weights<A>(op, "norm_weight", norm_weight, hidden);
-    const T* in = x.const_data_ptr<T>();
-    const T* grad = grad_rows.const_data_ptr<T>();
-    const A* scale = rstd.const_data_ptr<A>();
-    const int32_t* row_of = index.const_data_ptr<int32_t>();
-    T* out = grad_x.mutable_data_ptr<T>();
-    PartialSums sums(hidden);
-    for_chunks(slots, [&](int64_t c, int64_t begin, int64_t end) {
-      std::vector<A> row(hidden);
-      for (int64_t s = begin; s < end; ++s) {
-        if (row_of[s] < 0) continue;
-        rmsnorm_backward_row(grad + s * hidden, in + row_of[s] * hidden, w.data(), scale[s],
-                             row.data(), sums.chunk(c), hidden);
-        store_row(row.data(), accumulate, out + row_of[s] * hidden, hidden);
-      }
+    const AlignedArray<A> weight = weights<T>(op, "norm_weight", norm_weight, hidden);
+    const Chunks chunks(slots);
+    ChunkedSum<T> sum(chunks, hidden);
+    chunks.for_each([&](int64_t c, int64_t begin, int64_t end) {
+      const ReadersBackward<T> loop{.x = data<T>(x),
+                                    .grad_rows = data<T>(grad_rows),
+                                    .rstd = data<A>(rstd),
+                                    .index = data<int32_t>(index),
+                                    .slots = slots,
+                                    .norm_weight = weight.data(),
+                                    .grad_x = mutable_data<T>(grad_x),
+                                    .overwrite = !accumulate,
+                                    .hidden = hidden,
+                                    .norm = sum.chunk(c)};
+      row_loops<T>().readers_backward(loop, begin, end);
     });
-    sums.write(grad_weight.mutable_data_ptr<A>());
+    sum.write(mutable_data<A>(grad_weight));
   });
   return grad_weight;
 }

@@ -10,6 +10,8 @@
 
 #include <vector>
 
+#include "cpu/chunked_sum.h"
+
 namespace pmod::cpu {
 
 Tensor check_kind(const char* op, const Tensor& kind, int64_t rows) {
@@ -18,7 +20,7 @@ Tensor check_kind(const char* op, const Tensor& kind, int64_t rows) {
 
 Tensor check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t rows) {
   Tensor bounds = vector(op, "cu_seqlens", cu_seqlens, ScalarType::Int, -1);
-  const int32_t* at = bounds.const_data_ptr<int32_t>();
+  const int32_t* at = data<int32_t>(bounds);
   const int64_t batch = bounds.numel() - 1;
   check(batch >= 0 && at[0] == 0 && at[batch] == rows, "pmod_ops.", op,
         ": cu_seqlens: expected offsets from 0 to ", rows);
@@ -58,15 +60,15 @@ Tensor score(const char* op, const Tensor& x, const Tensor& weight, const Option
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const std::vector<A> w = weights<A>(op, "router_weight", weight, hidden);
-    const std::vector<A> b = weights<A>(op, "router_bias", bias, 1);
-    const A offset = b.empty() ? A(0) : b[0];
-    const T* in = x.const_data_ptr<T>();
-    const uint8_t* kinds = kind.const_data_ptr<uint8_t>();
-    A* out = logits.mutable_data_ptr<A>();
-    for_rows(rows, hidden * sizeof(T), [&](int64_t r) {
-      out[r] = kinds[r] == kRoutable ? dot<A>(in + r * hidden, w.data(), hidden) + offset : A(0);
-    });
+    const AlignedArray<A> w = weights<T>(op, "router_weight", weight, hidden);
+    const Score<T> loop{.x = data<T>(x),
+                        .weight = w.data(),
+                        .bias = scalar<T>(op, "router_bias", bias),
+                        .kind = data<uint8_t>(kind),
+                        .logits = mutable_data<A>(logits),
+                        .hidden = hidden};
+    for_ranges(rows, hidden * sizeof(T),
+               [&](int64_t begin, int64_t end) { row_loops<T>().score(loop, begin, end); });
   });
   return logits;
 }
@@ -115,7 +117,7 @@ Tensor select_backward(const Tensor& grad_gate, const Tensor& logits_arg, const 
   dispatch_rows(op, "logits", logits, [&](auto type) {
     using A = typename decltype(type)::A;
     const auto z = logit_gradient<A>(std::nullopt, grad, logits, kind, bounds, gate);
-    std::copy(z.begin(), z.end(), out.mutable_data_ptr<A>());
+    std::copy(z.begin(), z.end(), mutable_data<A>(out));
   });
   return out;
 }
@@ -142,21 +144,23 @@ std::tuple<Tensor, Tensor> route_backward(Tensor grad_x, const OptionalTensor& g
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const std::vector<A> w = weights<A>(op, "router_weight", router_weight, hidden);
+    const AlignedArray<A> w = weights<T>(op, "router_weight", router_weight, hidden);
     const auto z = logit_gradient<A>(of_logits, of_gate, logits, kind, bounds, gate);
-    const T* in = x.const_data_ptr<T>();
-    T* grad = grad_x.mutable_data_ptr<T>();
-    PartialSums weight_sums(hidden), bias_sums(1);
-    for_chunks(rows, [&](int64_t c, int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        if (z[r] == A(0)) continue;
-        router_backward_row(z[r], w.data(), in + r * hidden, grad + r * hidden,
-                            weight_sums.chunk(c), hidden);
-        *bias_sums.chunk(c) += z[r];
-      }
+    const std::vector<int32_t> none(rows, -1);
+    const Chunks chunks(rows);
+    ChunkedSum<T> sum(chunks, hidden);
+    chunks.for_each([&](int64_t c, int64_t begin, int64_t end) {
+      const ReadersBackward<T> loop{.x = data<T>(x),
+                                    .grad_logits = z.data(),
+                                    .inverse = none.data(),
+                                    .router_weight = w.data(),
+                                    .grad_x = mutable_data<T>(grad_x),
+                                    .hidden = hidden,
+                                    .router = sum.chunk(c)};
+      row_loops<T>().readers_backward(loop, begin, end);
     });
-    weight_sums.write(grad_weight.mutable_data_ptr<A>());
-    bias_sums.write(grad_bias.mutable_data_ptr<A>());
+    sum.write(mutable_data<A>(grad_weight));
+    *mutable_data<A>(grad_bias) = sum_of(z);
   });
   return {grad_weight, grad_bias};
 }

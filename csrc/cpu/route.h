@@ -44,6 +44,10 @@ Tensor gate_of(const Tensor& logits, const Tensor& kind, const Tensor& cu_seqlen
 // (index [num_slots], inverse [N])
 std::tuple<Tensor, Tensor> select_rows(const char* op, const Tensor& logits, const Plan& plan);
 
+// d gate / d logit of every row, routable or not; not for a softmax gate, which couples rows.
+template <typename A>
+std::vector<A> gate_slope(const Tensor& logits, const Gate& gate);
+
 // d loss / d logit of every row, 0 where it is not routable.
 template <typename A>
 std::vector<A> logit_gradient(const OptionalTensor& grad_logits, const OptionalTensor& grad_gate,

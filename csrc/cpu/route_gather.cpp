@@ -1,14 +1,16 @@
 // pmod::route_gather: reference.route_gather.
 //
 // Forward: score, select, then the norm (or a copy) of the kept rows. Backward visits each row of x
-// once: the gradient of the gathered row, if it was kept, and of its logit, if that is not zero, go
-// to the gradient of x in one read-modify-write with one rounding. Fixed chunks of rows for the
-// parameters. Reads V + K rows and writes K; backward reads 3K rows and writes K, plus the rows
-// that were skipped and whose gate has a gradient.
+// once: the gradient of the gathered row, if it was kept, of its logit, if that is not zero, and
+// what reached the kept row another way (`grad_kept`) go to the gradient of x with one rounding; to
+// kept rows of x that hold nothing yet if `overwrite`. Chunks of rows for the parameters. Reads V +
+// K rows and writes K; backward reads 3K rows and writes K, plus the rows that were skipped and
+// whose gate has a gradient.
 
 #include <tuple>
 #include <vector>
 
+#include "cpu/chunked_sum.h"
 #include "cpu/gather.h"
 #include "cpu/gather_rmsnorm.h"
 #include "cpu/route.h"
@@ -39,48 +41,13 @@ Outputs route_gather(const Tensor& x_arg, const Tensor& router_weight,
   return {logits, weight, index, inverse, rows, rstd};
 }
 
-// The checked inputs of the backward op, as pointers.
-template <typename T, typename A>
-struct BackwardRows {
-  const T* x;
-  const T* grad_rows;  // null: no gradient reached the rows
-  const A* rstd;
-  const A* z;
-  const int32_t* inverse;
-  const A* router_weight;
-  const A* norm_weight;  // null: the rows were copied
-  T* grad_x;
-  int64_t hidden;
-
-  // Row r of the gradient of x, and its share of the parameters.
-  void add(int64_t r, A* row, double* grad_router, double* grad_norm) const {
-    const int64_t slot = inverse[r];
-    const bool gathered = slot >= 0 && grad_rows != nullptr;
-    if (!gathered && z[r] == A(0)) return;
-    const T* in = x + r * hidden;
-    const T* grad = gathered ? grad_rows + slot * hidden : nullptr;
-    std::fill(row, row + hidden, A(0));
-    if (gathered && norm_weight) {
-      rmsnorm_backward_row(grad, in, norm_weight, rstd[slot], row, grad_norm, hidden);
-    } else if (gathered) {
-      add_row(grad, row, hidden);
-    }
-    if (z[r] != A(0)) {
-      for (int64_t i = 0; i < hidden; ++i) {
-        row[i] += z[r] * router_weight[i];
-        grad_router[i] += z[r] * static_cast<A>(in[i]);
-      }
-    }
-    store_row(row, true, grad_x + r * hidden, hidden);
-  }
-};
-
 std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
     Tensor grad_x, const OptionalTensor& grad_logits, const OptionalTensor& grad_gate,
-    const OptionalTensor& grad_rows_arg, const Tensor& x_arg, const Tensor& router_weight,
-    const Tensor& logits_arg, const Tensor& kind_arg, const Tensor& cu_seqlens,
-    const Tensor& index_arg, const Tensor& inverse_arg, const OptionalTensor& norm_weight,
-    const Tensor& rstd_arg, double gate_scale, int64_t activation) {
+    const OptionalTensor& grad_rows_arg, const OptionalTensor& grad_kept_arg, const Tensor& x_arg,
+    const Tensor& router_weight, const Tensor& logits_arg, const Tensor& kind_arg,
+    const Tensor& cu_seqlens, const Tensor& index_arg, const Tensor& inverse_arg,
+    const OptionalTensor& norm_weight, const Tensor& rstd_arg, double gate_scale,
+    int64_t activation, bool overwrite) {
   const char* op = "route_gather_backward_";
   const Tensor x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
   const int64_t rows = x.size(0), hidden = x.size(1);
@@ -89,11 +56,14 @@ std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
   const ScalarType acc = acc_type(x);
   check_mutable(op, "grad_x", grad_x, x);
   const Tensor logits = vector(op, "logits", logits_arg, acc, rows);
-  OptionalTensor of_logits, of_gate, grad_rows;
+  OptionalTensor of_logits, of_gate, grad_rows, grad_kept;
   if (grad_logits) of_logits = vector(op, "grad_logits", *grad_logits, acc, rows);
   if (grad_gate) of_gate = vector(op, "grad_gate", *grad_gate, acc, rows);
   if (grad_rows_arg) {
     grad_rows = matrix(op, "grad_rows", *grad_rows_arg, x.scalar_type(), slots, hidden);
+  }
+  if (grad_kept_arg) {
+    grad_kept = matrix(op, "grad_kept", *grad_kept_arg, x.scalar_type(), slots, hidden);
   }
   const Tensor kind = check_kind(op, kind_arg, rows);
   const Tensor bounds = check_cu_seqlens(op, cu_seqlens, rows);
@@ -106,29 +76,32 @@ std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const std::vector<A> router = weights<A>(op, "router_weight", router_weight, hidden);
-    const std::vector<A> norm = weights<A>(op, "norm_weight", norm_weight, hidden);
+    const AlignedArray<A> router = weights<T>(op, "router_weight", router_weight, hidden);
+    const AlignedArray<A> norm = weights<T>(op, "norm_weight", norm_weight, hidden);
     const auto z = logit_gradient<A>(of_logits, of_gate, logits, kind, bounds, gate);
-    const BackwardRows<T, A> backward{x.const_data_ptr<T>(),
-                                      grad_rows ? grad_rows->const_data_ptr<T>() : nullptr,
-                                      rstd.const_data_ptr<A>(),
-                                      z.data(),
-                                      inverse.const_data_ptr<int32_t>(),
-                                      router.data(),
-                                      norm.empty() ? nullptr : norm.data(),
-                                      grad_x.mutable_data_ptr<T>(),
-                                      hidden};
-    PartialSums router_sums(hidden), bias_sums(1), norm_sums(hidden);
-    for_chunks(rows, [&](int64_t c, int64_t begin, int64_t end) {
-      std::vector<A> row(hidden);
-      for (int64_t r = begin; r < end; ++r) {
-        backward.add(r, row.data(), router_sums.chunk(c), norm_sums.chunk(c));
-        *bias_sums.chunk(c) += z[r];
-      }
+    const Chunks chunks(rows);
+    ChunkedSum<T> router_sum(chunks, hidden), norm_sum(chunks, norm_weight ? hidden : 0);
+    chunks.for_each([&](int64_t c, int64_t begin, int64_t end) {
+      const ReadersBackward<T> loop{.x = data<T>(x),
+                                    .grad_rows = data<T>(grad_rows),
+                                    .grad_kept = data<T>(grad_kept),
+                                    .rstd = data<A>(rstd),
+                                    .grad_logits = z.data(),
+                                    .inverse = data<int32_t>(inverse),
+                                    .index = data<int32_t>(index),
+                                    .slots = slots,
+                                    .router_weight = router.data(),
+                                    .norm_weight = norm.data(),
+                                    .grad_x = mutable_data<T>(grad_x),
+                                    .overwrite = overwrite,
+                                    .hidden = hidden,
+                                    .router = router_sum.chunk(c),
+                                    .norm = norm_sum.chunk(c)};
+      row_loops<T>().readers_backward(loop, begin, end);
     });
-    router_sums.write(grad_router.mutable_data_ptr<A>());
-    bias_sums.write(grad_bias.mutable_data_ptr<A>());
-    if (norm_weight) norm_sums.write(grad_norm.mutable_data_ptr<A>());
+    router_sum.write(mutable_data<A>(grad_router));
+    *mutable_data<A>(grad_bias) = sum_of(z);
+    if (norm_weight) norm_sum.write(mutable_data<A>(grad_norm));
   });
   return {grad_router, grad_bias, grad_norm};
 }

@@ -1,14 +1,16 @@
 // pmod::weighted_scatter_add: reference.weighted_scatter_add.
 //
-// One task per range of rows; a row is written once, from its slot if it was kept, else from x. The
-// next layer's logit is taken from the row as rounded. Backward visits each row of the gradient
-// once, and finishes the router's gradient of skipped rows there if it is given the router; fixed
-// chunks of rows for the router. Reads N + K rows and writes N; backward reads 2N rows and writes N
-// + 2K.
+// One task per range of rows; a row is written once, from its slot if it was kept, else from x.
+// Backward visits each row of the gradient once, and finishes the router's gradient of skipped rows
+// there if it is given the router; chunks of rows for the router. Reads N + K rows and writes N;
+// backward reads 2N rows and writes N, and K more for the gradient of the residual and for zeros in
+// kept rows of grad_x, each where the caller asks for it.
 
+#include <atomic>
 #include <tuple>
 #include <vector>
 
+#include "cpu/chunked_sum.h"
 #include "cpu/route.h"
 
 namespace pmod::cpu {
@@ -35,179 +37,133 @@ Arguments check_arguments(const char* op, const Tensor& x_arg, const Tensor& res
   return a;
 }
 
-// Writes to `target`, which may be x itself.
-Tensor scatter(const char* op, const Arguments& a, bool gate_mlp, bool scale_skipped,
-               const OptionalTensor& next_weight, const OptionalTensor& next_bias, Tensor target) {
-  const int64_t scored = next_weight ? a.rows : 0;
-  Tensor next_logits = torch::stable::new_empty(a.x, {scored}, acc_type(a.x));
+struct Options {
+  bool gate_mlp, scale_skipped, check_finite;
+};
+
+// Writes to `target`, which may be x itself; returns the next logits and the finite flag.
+std::tuple<Tensor, Tensor> scatter(const char* op, const Arguments& a, const Options& options,
+                                   const OptionalTensor& next_weight,
+                                   const OptionalTensor& next_bias, const Tensor& target) {
+  Tensor next_logits = torch::stable::new_empty(a.x, {next_weight ? a.rows : 0}, acc_type(a.x));
+  Tensor flag = torch::stable::new_empty(a.x, {options.check_finite ? 1 : 0}, ScalarType::Bool);
+  std::atomic<bool> finite = true;
   dispatch_rows(op, "x", a.x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const int64_t hidden = a.hidden;
-    const std::vector<A> w = weights<A>(op, "next_weight", next_weight, hidden);
-    const std::vector<A> b = weights<A>(op, "next_bias", next_bias, 1);
-    const A offset = b.empty() ? A(0) : b[0];
-    const T* x = a.x.const_data_ptr<T>();
-    const T* residual = a.residual.const_data_ptr<T>();
-    const T* update = a.update.const_data_ptr<T>();
-    const A* gate = a.gate.const_data_ptr<A>();
-    const int32_t* slot_of = a.inverse.const_data_ptr<int32_t>();
-    const uint8_t* kind = a.kind.const_data_ptr<uint8_t>();
-    T* out = target.mutable_data_ptr<T>();
-    A* logits = next_logits.mutable_data_ptr<A>();
-    for_rows(a.rows, hidden * sizeof(T), [&](int64_t r) {
-      T* to = out + r * hidden;
-      const bool routable = kind[r] == kRoutable;
-      if (slot_of[r] >= 0) {
-        const A g = routable && gate_mlp ? gate[r] : A(1);
-        const T* base = residual + slot_of[r] * hidden;
-        const T* delta = update + slot_of[r] * hidden;
-        for (int64_t i = 0; i < hidden; ++i) to[i] = static_cast<T>(A(base[i]) + g * A(delta[i]));
-      } else if (routable && scale_skipped) {
-        const T* from = x + r * hidden;
-        for (int64_t i = 0; i < hidden; ++i) to[i] = static_cast<T>(gate[r] * A(from[i]));
-      } else if (to != x + r * hidden) {
-        std::copy(x + r * hidden, x + (r + 1) * hidden, to);
-      }
-      if (next_weight) logits[r] = routable ? dot<A>(to, w.data(), hidden) + offset : A(0);
+    const AlignedArray<A> w = weights<T>(op, "next_weight", next_weight, a.hidden);
+    const bool in_place = target.const_data_ptr() == a.x.const_data_ptr();
+    const WeightedScatterAdd<T> loop{.x = data<T>(a.x),
+                                     .residual = data<T>(a.residual),
+                                     .update = data<T>(a.update),
+                                     .gate = data<A>(a.gate),
+                                     .inverse = data<int32_t>(a.inverse),
+                                     .kind = data<uint8_t>(a.kind),
+                                     .out = mutable_data<T>(target),
+                                     .next_weight = w.data(),
+                                     .next_bias = scalar<T>(op, "next_bias", next_bias),
+                                     .next_logits = mutable_data<A>(next_logits),
+                                     .hidden = a.hidden,
+                                     .gate_mlp = options.gate_mlp,
+                                     .scale_skipped = options.scale_skipped,
+                                     .check_finite = options.check_finite,
+                                     .streaming = !in_place && worth_streaming(target)};
+    for_ranges(a.rows, a.hidden * sizeof(T), [&](int64_t begin, int64_t end) {
+      if (!row_loops<T>().weighted_scatter_add(loop, begin, end)) finite = false;
     });
   });
-  return next_logits;
+  if (options.check_finite) *mutable_data<bool>(flag) = finite;
+  return {next_logits, flag};
 }
 
-std::tuple<Tensor, Tensor> weighted_scatter_add(const Tensor& x, const Tensor& residual,
-                                                const Tensor& update, const Tensor& gate,
-                                                const Tensor& inverse, const Tensor& kind,
-                                                bool gate_mlp, bool scale_skipped,
-                                                const OptionalTensor& next_weight,
-                                                const OptionalTensor& next_bias) {
+std::tuple<Tensor, Tensor, Tensor> weighted_scatter_add(
+    const Tensor& x, const Tensor& residual, const Tensor& update, const Tensor& gate,
+    const Tensor& inverse, const Tensor& kind, bool gate_mlp, bool scale_skipped,
+    const OptionalTensor& next_weight, const OptionalTensor& next_bias, bool check_finite) {
   const char* op = "weighted_scatter_add";
   const Arguments a = check_arguments(op, x, residual, update, gate, inverse, kind);
+  const Options options{
+      .gate_mlp = gate_mlp, .scale_skipped = scale_skipped, .check_finite = check_finite};
   Tensor out = torch::stable::new_empty(a.x, {a.rows, a.hidden});
-  Tensor logits = scatter(op, a, gate_mlp, scale_skipped, next_weight, next_bias, out);
-  return {out, logits};
+  auto [logits, finite] = scatter(op, a, options, next_weight, next_bias, out);
+  return {out, logits, finite};
 }
 
-Tensor weighted_scatter_add_in_place(const Tensor& x, const Tensor& residual, const Tensor& update,
-                                     const Tensor& gate, const Tensor& inverse, const Tensor& kind,
-                                     bool gate_mlp, bool scale_skipped,
-                                     const OptionalTensor& next_weight,
-                                     const OptionalTensor& next_bias) {
+std::tuple<Tensor, Tensor> weighted_scatter_add_in_place(
+    const Tensor& x, const Tensor& residual, const Tensor& update, const Tensor& gate,
+    const Tensor& inverse, const Tensor& kind, bool gate_mlp, bool scale_skipped,
+    const OptionalTensor& next_weight, const OptionalTensor& next_bias, bool check_finite) {
   const char* op = "weighted_scatter_add_";
   const Arguments a = check_arguments(op, x, residual, update, gate, inverse, kind);
   check_mutable(op, "x", x, x);
-  return scatter(op, a, gate_mlp, scale_skipped, next_weight, next_bias, x);
+  const Options options{
+      .gate_mlp = gate_mlp, .scale_skipped = scale_skipped, .check_finite = check_finite};
+  return scatter(op, a, options, next_weight, next_bias, x);
 }
-
-// The rows of the backward op, as pointers.
-template <typename T, typename A>
-struct BackwardRows {
-  const T* grad_out;
-  const T* x;
-  const T* update;
-  const A* gate;
-  const int32_t* inverse;
-  const uint8_t* kind;
-  bool gate_mlp, scale_skipped;
-  const A* router;  // null: the gate of skipped rows gets a gradient instead
-  const A* logits;
-  A gate_scale;
-  Activation activation;
-  T *grad_x, *grad_residual, *grad_update;
-  A* grad_gate;
-  int64_t hidden;
-
-  void kept(int64_t r) const {
-    const T* grad = grad_out + r * hidden;
-    const int64_t at = inverse[r] * hidden;
-    const bool gated = kind[r] == kRoutable && gate_mlp;
-    std::copy(grad, grad + hidden, grad_residual + at);
-    zero_row(grad_x + r * hidden, hidden);
-    grad_gate[r] = gated ? dot<A>(grad, update + at, hidden) : A(0);
-    const A g = gated ? gate[r] : A(1);
-    for (int64_t i = 0; i < hidden; ++i) grad_update[at + i] = static_cast<T>(g * A(grad[i]));
-  }
-
-  void skipped(int64_t r, double* router_sums, double* bias_sum) const {
-    const T* grad = grad_out + r * hidden;
-    const T* in = x + r * hidden;
-    T* to = grad_x + r * hidden;
-    grad_gate[r] = 0;
-    if (kind[r] != kRoutable || !scale_skipped) {
-      std::copy(grad, grad + hidden, to);
-      return;
-    }
-    const A of_gate = dot<A>(grad, in, hidden), g = gate[r];
-    if (!router) {
-      grad_gate[r] = of_gate;
-      for (int64_t i = 0; i < hidden; ++i) to[i] = static_cast<T>(g * A(grad[i]));
-      return;
-    }
-    const A z = gate_scale * activate_derivative(logits[r], activation) * of_gate;
-    for (int64_t i = 0; i < hidden; ++i) {
-      to[i] = static_cast<T>(g * A(grad[i]) + z * router[i]);
-      router_sums[i] += z * A(in[i]);
-    }
-    *bias_sum += z;
-  }
-};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_backward(
     const Tensor& grad_out_arg, const Tensor& x, const Tensor& update, const Tensor& gate,
     const Tensor& inverse, const Tensor& kind, bool gate_mlp, bool scale_skipped,
     const OptionalTensor& router_weight, const OptionalTensor& logits_arg, double gate_scale,
-    int64_t activation) {
+    int64_t activation, bool write_residual, bool zero_kept) {
   const char* op = "weighted_scatter_add_backward";
   const Arguments a = check_arguments(op, x, update, update, gate, inverse, kind);
-  const int64_t hidden = a.hidden, folded = router_weight ? hidden : 0;
+  const int64_t folded = router_weight ? a.hidden : 0;
   const ScalarType acc = acc_type(a.x);
-  const Tensor grad_out = matrix(op, "grad_out", grad_out_arg, a.x.scalar_type(), a.rows, hidden);
-  const Gate gate_of_router = check_gate(op, gate_scale, 0, activation);
-  OptionalTensor logits;
+  const Tensor grad_out = matrix(op, "grad_out", grad_out_arg, a.x.scalar_type(), a.rows, a.hidden);
+  const Gate router_gate = check_gate(op, gate_scale, 0, activation);
   check(router_weight.has_value() == logits_arg.has_value() &&
-            gate_of_router.activation != Activation::kSoftmax,
+            router_gate.activation != Activation::kSoftmax,
         "pmod_ops.", op, ": router_weight: expected logits and a gate per row beside it");
-  if (logits_arg) logits = vector(op, "logits", *logits_arg, acc, a.rows);
-  Tensor grad_x = torch::stable::new_empty(a.x, {a.rows, hidden});
-  Tensor grad_residual = torch::stable::new_zeros(a.x, {a.slots, hidden});
-  Tensor grad_update = torch::stable::new_zeros(a.x, {a.slots, hidden});
+  const auto empty = [&](int64_t rows) { return torch::stable::new_empty(a.x, {rows, a.hidden}); };
+  // slots that hold no row (filler) are not visited
+  const auto zeros = [&](int64_t rows) { return torch::stable::new_zeros(a.x, {rows, a.hidden}); };
+  const bool filler = std::count_if(data<int32_t>(a.inverse), data<int32_t>(a.inverse) + a.rows,
+                                    [](int32_t slot) { return slot >= 0; }) < a.slots;
+  Tensor grad_x = empty(a.rows);
+  const int64_t written = write_residual ? a.slots : 0;
+  Tensor grad_residual = filler ? zeros(written) : empty(written);
+  Tensor grad_update = filler ? zeros(a.slots) : empty(a.slots);
   Tensor grad_gate = torch::stable::new_empty(a.x, {a.rows}, acc);
   Tensor grad_router = torch::stable::new_empty(a.x, {folded}, acc);
   Tensor grad_bias = torch::stable::new_empty(a.x, {router_weight ? 1 : 0}, acc);
   dispatch_rows(op, "x", a.x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const std::vector<A> w = weights<A>(op, "router_weight", router_weight, hidden);
-    const BackwardRows<T, A> backward{grad_out.const_data_ptr<T>(),
-                                      a.x.const_data_ptr<T>(),
-                                      a.update.const_data_ptr<T>(),
-                                      a.gate.const_data_ptr<A>(),
-                                      a.inverse.const_data_ptr<int32_t>(),
-                                      a.kind.const_data_ptr<uint8_t>(),
-                                      gate_mlp,
-                                      scale_skipped,
-                                      router_weight ? w.data() : nullptr,
-                                      logits ? logits->const_data_ptr<A>() : nullptr,
-                                      static_cast<A>(gate_scale),
-                                      gate_of_router.activation,
-                                      grad_x.mutable_data_ptr<T>(),
-                                      grad_residual.mutable_data_ptr<T>(),
-                                      grad_update.mutable_data_ptr<T>(),
-                                      grad_gate.mutable_data_ptr<A>(),
-                                      hidden};
-    PartialSums router_sums(folded), bias_sums(1);
-    for_chunks(a.rows, [&](int64_t c, int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        if (backward.inverse[r] >= 0) {
-          backward.kept(r);
-        } else {
-          backward.skipped(r, router_sums.chunk(c), bias_sums.chunk(c));
-        }
-      }
+    const AlignedArray<A> w = weights<T>(op, "router_weight", router_weight, a.hidden);
+    std::vector<A> slope, z;
+    if (logits_arg) {
+      slope = gate_slope<A>(vector(op, "logits", *logits_arg, acc, a.rows), router_gate);
+      z.resize(a.rows);
+    }
+    const Chunks chunks(a.rows);
+    ChunkedSum<T> sum(chunks, folded);
+    chunks.for_each([&](int64_t c, int64_t begin, int64_t end) {
+      const WeightedScatterAddBackward<T> loop{
+          .grad_out = data<T>(grad_out),
+          .x = data<T>(a.x),
+          .update = data<T>(a.update),
+          .gate = data<A>(a.gate),
+          .inverse = data<int32_t>(a.inverse),
+          .kind = data<uint8_t>(a.kind),
+          .router_weight = w.data(),
+          .slope = slope.data(),
+          .grad_x = mutable_data<T>(grad_x),
+          .grad_residual = write_residual ? mutable_data<T>(grad_residual) : nullptr,
+          .grad_update = mutable_data<T>(grad_update),
+          .grad_gate = mutable_data<A>(grad_gate),
+          .grad_logits = z.empty() ? nullptr : z.data(),
+          .hidden = a.hidden,
+          .gate_mlp = gate_mlp,
+          .scale_skipped = scale_skipped,
+          .streaming = worth_streaming(grad_x) && worth_streaming(grad_update),
+          .zero_kept = zero_kept,
+          .router = sum.chunk(c)};
+      row_loops<T>().weighted_scatter_add_backward(loop, begin, end);
     });
     if (router_weight) {
-      router_sums.write(grad_router.mutable_data_ptr<A>());
-      bias_sums.write(grad_bias.mutable_data_ptr<A>());
+      sum.write(mutable_data<A>(grad_router));
+      *mutable_data<A>(grad_bias) = sum_of(z);
     }
   });
   return {grad_x, grad_residual, grad_update, grad_gate, grad_router, grad_bias};

@@ -31,6 +31,8 @@ def glue(module, t, case, chained, routing=None):
     router = (t["router_weight"], t.get("router_bias"))
     options = {"layout": case.sample.layout, **case.sample.gate}
     x = t["x"]
+    if case.sample.is_batch:
+        x = x.view(case.plan.num_sequences, -1, x.shape[-1])  # as a model has it
     own, rows, *rest = module.route_gather(
         x, *router, case.plan, LAYER, t["norm_weight"], EPS, return_x=chained, **options
     )
@@ -44,7 +46,8 @@ def glue(module, t, case, chained, routing=None):
     )
     x = rest[0] if chained else x
     update = t["update"] * normed
-    return module.weighted_scatter_add(x, residual, update, own, **case.sample.scatter)
+    out = module.weighted_scatter_add(x, residual, update, own, **case.sample.scatter)
+    return out.view(t["x"].shape)
 
 
 def gradients(out, leaves):
@@ -184,7 +187,7 @@ def test_every_reader_hands_x_on(dtype):
 
 def test_one_buffer_goes_down_the_chain(monkeypatch):
     case = TABLE[0].make()
-    leaves = leaves_of(case)
+    routing = routing_of(case)
     buffers = []
     release = GradientBuffer.release
 
@@ -194,10 +197,102 @@ def test_one_buffer_goes_down_the_chain(monkeypatch):
 
     monkeypatch.setattr(GradientBuffer, "release", watched)
     # x is not a leaf, as in a model
-    out = glue(pmod_ops, {**leaves, "x": leaves["x"] * 1}, case, True)
-    out.sum().backward()
+    x = case.x.requires_grad_() * 1
+    rows, x = pmod_ops.gather_rmsnorm(x, routing, case.norm_weight, EPS, return_x=True)
+    kept, x = pmod_ops.gather(x, routing, return_x=True)
+    (rows.sum() + kept.sum() + x.sum()).backward()
     assert len(buffers) == 2
     assert len(set(buffers)) == 1
+
+
+def calls_of(monkeypatch, op, case):
+    """The arguments with which the backward op `op` is called for a whole layer."""
+    calls = []
+    raw = getattr(torch.ops.pmod, op)
+
+    def watched(*arguments):
+        calls.append(arguments)
+        return raw(*arguments)
+
+    monkeypatch.setattr(torch.ops.pmod, op, watched)
+    out = glue(pmod_ops, leaves_of(case), case, True)
+    out.sum().backward()
+    return calls
+
+
+def test_no_row_of_a_gradient_is_written_twice(monkeypatch):
+    """The layer's three backward ops neither copy, zero nor add to rows that another one owns."""
+    case = TABLE[0].make()
+    with monkeypatch.context() as patch:
+        (arguments,) = calls_of(patch, "weighted_scatter_add_backward", case)
+    assert arguments[-2:] == (False, False)  # neither the residual's gradient nor zeros
+    with monkeypatch.context() as patch:
+        (arguments,) = calls_of(patch, "gather_add_rmsnorm_backward_", case)
+    grad_x, grad_residual, grad_out, *_ = arguments
+    assert grad_x is None
+    assert grad_residual is None
+    assert grad_out.shape == case.x.shape
+    with monkeypatch.context() as patch:
+        (arguments,) = calls_of(patch, "route_gather_backward_", case)
+    assert arguments[-1] is True  # kept rows are overwritten
+    assert arguments[4] is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["nothing", "another_reader", "scaled", "hook", "retains_grad", "other_slots"],
+)
+def test_a_residual_that_is_more_than_passed_on_gets_its_whole_gradient(change):
+    case = TABLE[4].make(torch.float64)
+
+    def gradients_of_layer(chained):
+        leaves = leaves_of(case)
+        x, seen = leaves["x"] * 1, []
+        routing, rows, *rest = pmod_ops.route_gather(
+            x, leaves["router_weight"], None, case.plan, LAYER, return_x=chained
+        )
+        x = rest[0] if chained else x
+        residual, normed = pmod_ops.gather_add_rmsnorm(
+            x, leaves["attn_out"] + rows, routing, leaves["norm_weight"], EPS
+        )
+        other = 0
+        if change == "another_reader":
+            other = residual.sin().sum()
+        if change == "scaled":
+            residual = residual * 3
+        if change == "hook":
+            residual.register_hook(lambda grad: seen.append(grad) or grad * 2)
+        if change == "retains_grad":
+            residual.retain_grad()
+        if change == "other_slots":
+            routing = dataclasses.replace(routing, index=routing.index.clone())
+        out = pmod_ops.weighted_scatter_add(x, residual, leaves["update"] * normed, routing)
+        loss = (out * case.x).sum() + other
+        grads = torch.autograd.grad(
+            loss, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
+        return (*grads, *seen)
+
+    for a, b in zip(gradients_of_layer(True), gradients_of_layer(False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_two_scatters_of_one_routing_add_up():
+    case = TABLE[0].make(torch.float64)
+    results = []
+    for chained in (True, False):
+        leaves = leaves_of(case)
+        x = leaves["x"] * 1
+        routing, rows, *rest = pmod_ops.route_gather(
+            x, leaves["router_weight"], None, case.plan, LAYER, return_x=chained
+        )
+        x = rest[0] if chained else x
+        first = pmod_ops.weighted_scatter_add(x, rows, leaves["update"], routing)
+        second = pmod_ops.weighted_scatter_add(x, leaves["update"], rows, routing)
+        third = pmod_ops.gather_add_rmsnorm(x, rows, routing, leaves["norm_weight"], EPS)[0]
+        results.append(gradients(torch.cat((first * second, third, x)), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_gradient_that_another_branch_holds_is_not_overwritten():
@@ -226,18 +321,28 @@ def test_a_gradient_that_another_branch_holds_is_not_overwritten():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_a_gradient_that_was_asked_for_is_not_overwritten():
+def test_gradients_twice_and_of_rows_alone():
+    """Whatever part of a layer's outputs is used, and however often."""
     case = TABLE[0].make(torch.float64)
-    weight = torch.randn(64, dtype=torch.float64)
-    x = case.x.requires_grad_()
-    routing, rows, passed = pmod_ops.route_gather(
-        x * 1, weight, None, case.plan, LAYER, return_x=True
-    )
-    out = pmod_ops.weighted_scatter_add(passed, rows, rows, routing)
-    of_passed, _ = torch.autograd.grad(out.sum(), (passed, x))
-    kept = routing.inverse >= 0
-    # the scatter does not read kept rows of x
-    assert not of_passed[kept].any()
+    results = []
+    for chained in (True, False):
+        leaves = leaves_of(case)
+        x = leaves["x"] * 1
+        routing, rows, *rest = pmod_ops.route_gather(
+            x, leaves["router_weight"], None, case.plan, LAYER, leaves["norm_weight"], EPS,
+            return_x=chained,
+        )  # fmt: skip
+        x = rest[0] if chained else x
+        out = pmod_ops.weighted_scatter_add(x, rows, leaves["update"], routing)
+        inputs = [leaves["x"], leaves["router_weight"], leaves["norm_weight"]]
+        grads = []
+        for loss in (out.sum(), rows.sum(), routing.gate.sum(), routing.logits.sum(), out.sum()):
+            grads += torch.autograd.grad(
+                loss, inputs, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+        results.append(grads)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_changed_x_is_not_folded():

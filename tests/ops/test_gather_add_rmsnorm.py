@@ -32,9 +32,10 @@ def raw(t, routing, case):
             torch.ops.pmod.gather_add_rmsnorm.default,
             (inputs[0], inputs[1], routing.index, inputs[2], EPS),
         ),
-        (backward, (grad_x, grad, rows, *saved, True)),
-        (backward, (grad_x, None, rows, *saved, False)),
-        (backward, (grad_x, grad, None, *saved, True)),
+        (backward, (grad_x, grad, None, rows, *saved, True)),
+        (backward, (grad_x, None, None, rows, *saved, False)),
+        (backward, (grad_x, grad, t.x.clone(), None, *saved, True)),
+        (backward, (None, grad, t.x.clone(), rows, *saved, False)),
     ]
 
 

@@ -35,8 +35,16 @@ def raw(t, routing, case):
         with torch.no_grad():
             logits, gate, index, inverse, rows, rstd = torch.ops.pmod.route_gather(*arguments)
         saved = (t.x, t.router_weight, logits, case.plan.kind, case.plan.cu_seqlens, index, inverse)
-        for grads in ((gate, gate, rows), (None, gate, None), (None, None, rows)):
-            backward = (torch.ones_like(t.x), *grads, *saved, norm, rstd, scale, activation)
+        kept = rows.clone()
+        for *grads, overwrite in (
+            (gate, gate, rows, kept, False),
+            (None, gate, None, None, False),
+            (None, None, rows, None, False),
+            (None, gate, rows, kept, True),
+            (None, None, None, kept, True),
+        ):
+            gates = (scale, activation, overwrite)
+            backward = (torch.ones_like(t.x), *grads, *saved, norm, rstd, *gates)
             calls.append((torch.ops.pmod.route_gather_backward_.default, backward))
     return calls
 

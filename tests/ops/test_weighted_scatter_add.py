@@ -29,19 +29,17 @@ def raw(t, routing, case):
     leaves = [s.detach().clone().requires_grad_() for s in (t.x, residual, update, t.gate)]
     router = (t.router_weight.clone(), case.router_bias)
     backward = (t.x.flip(0), t.x, update, t.gate, *maps, *flags)
-    forward = torch.ops.pmod.weighted_scatter_add
+    forward = torch.ops.pmod.weighted_scatter_add.default
+    in_place = torch.ops.pmod.weighted_scatter_add_.default
+    to_leaves = torch.ops.pmod.weighted_scatter_add_backward.default
+    rows = (t.x.clone(), residual, update, t.gate)
     return [
-        (forward.default, (*leaves, *maps, *flags, None, None)),
-        (forward.default, (t.x, residual, update, t.gate, *maps, *flags, *router)),
-        (
-            torch.ops.pmod.weighted_scatter_add_.default,
-            (t.x.clone(), residual, update, t.gate, *maps, *flags, *router),
-        ),
-        (torch.ops.pmod.weighted_scatter_add_backward.default, (*backward, None, None, 0.0, 0)),
-        (
-            torch.ops.pmod.weighted_scatter_add_backward.default,
-            (*backward, router[0], routing.logits, 0.2, 1),
-        ),
+        (forward, (*leaves, *maps, *flags, None, None, False)),
+        (forward, (*rows, *maps, *flags, *router, True)),
+        (in_place, (*rows, *maps, *flags, *router, False)),
+        (in_place, (*rows, *maps, *flags, None, None, True)),
+        (to_leaves, (*backward, None, None, 0.0, 0, True, True)),
+        (to_leaves, (*backward, router[0], routing.logits, 0.2, 1, False, True)),
     ]
 
 
@@ -146,6 +144,40 @@ def test_next_logits_equal_those_of_route_bitwise():
     assert torch.equal(logits, pmod_ops.route(out, *router, case.plan, LAYER).logits)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("in_place", [False, True], ids=["functional", "in_place"])
+def test_finite_flag(dtype, in_place):
+    case = TABLE[5].make(dtype)
+    routing = routing_of(case)
+    skipped = ((case.plan.kind == 1) & (routing.inverse < 0)).nonzero()[0]
+    padding = (case.plan.kind == 0).nonzero()[0]
+    huge = torch.finfo(dtype).max
+    changes = {
+        "nothing": (True, None, None),
+        "padding": (True, padding, float("nan")),
+        "skipped": (False, skipped, float("-inf")),
+        "overflow": (False, skipped, huge),  # finite in x, infinite when weighted by 1.1
+    }
+    routing = dataclasses.replace(routing, gate=torch.full_like(routing.gate, 1.1))
+    for name, (expected, row, value) in changes.items():
+        for start in (True, False):
+            results = []
+            for module in (pmod_ops, reference):
+                x, flag = case.x.clone(), torch.tensor([start])
+                if row is not None:
+                    x[row, 3] = value
+                op = module.weighted_scatter_add_ if in_place else module.weighted_scatter_add
+                op(x, case.attn_out, case.update, routing, finite=flag)
+                results.append(bool(flag))
+            assert results == [start and expected] * 2, name
+    update = case.update.clone()
+    update[..., -1, -1] = float("inf")
+    flag = torch.tensor([True])
+    x = case.x.clone().requires_grad_()
+    pmod_ops.weighted_scatter_add(x, case.attn_out, update, routing, finite=flag)
+    assert not flag
+
+
 def test_padding_is_copied_bitwise_even_nan():
     case = TABLE[5].make()
     padding = case.plan.kind == 0
@@ -162,7 +194,7 @@ def test_threads_do_not_change_a_bit():
     threads = torch.get_num_threads()
     results = []
     try:
-        for number in (1, 2, 3):
+        for number in (1, 2, 8):
             torch.set_num_threads(number)
             leaves = [t.detach().clone().requires_grad_() for t in (case.x, case.router_weight)]
             routing, rows, x = pmod_ops.route_gather(
@@ -226,6 +258,8 @@ def test_in_place_on_shared_memory_is_refused():
         ({"update": torch.zeros(26, 64).half()}, TypeError, "update: expected dtype float32, got float16"),
         ({"next_router": torch.zeros(64)}, TypeError, r"next_router: expected a tuple \(weight, bias\)"),
         ({"next_router": (torch.zeros(3), None)}, ValueError, r"next_router\[0\]: expected shape \[64\]"),
+        ({"finite": torch.ones(1)}, TypeError, "finite: expected dtype bool, got float32"),
+        ({"finite": torch.ones(2).bool()}, ValueError, r"finite: expected shape \[1\], got \[2\]"),
         ({"routing": None}, TypeError, "routing: expected a Routing, got NoneType"),
     ],
 )  # fmt: skip
