@@ -26,9 +26,12 @@ class RoutingRecord:
         kept: for each routed layer, bool [B, S], the competing tokens that it kept.
         logits: for each routed layer, fp32 [B, S] router scores; 0 on tokens that did not compete.
         gate: for each routed layer, fp32 [B, S] weights; 1 on tokens that did not compete.
+        finite: bool [1] on the device, False once a routed layer wrote an infinity or NaN for a token
+            that is not padding. Reading it waits for the device, so read it once per step.
     """
 
     target_mask: Tensor
+    finite: Tensor
     kept: dict[int, Tensor] = field(default_factory=dict)
     logits: dict[int, Tensor] = field(default_factory=dict)
     gate: dict[int, Tensor] = field(default_factory=dict)
@@ -121,7 +124,8 @@ def make_context(
         return RoutingContext(None, valid, past_valid)
     record = None
     if records is not None:
-        record = RoutingRecord(targets)
+        flag = torch.ones(1, dtype=torch.bool, device=targets.device)
+        record = RoutingRecord(targets, flag)
         records.append(record)
     return RoutingContext(plan, valid, past_valid, record, HandOver(layers))
 

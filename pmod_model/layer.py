@@ -168,6 +168,7 @@ class RoutedLayer(_Base):
             gate_mlp=config.gate_mlp,
             scale_skipped=config.scale_skipped,
             next_router=next_router,
+            finite=None if context.record is None else context.record.finite,
         )
         if next_router is None:
             return out

@@ -223,3 +223,16 @@ def test_bare_models_are_injectable(make_llava: Callable[..., Any]) -> None:
         expected = bare(input_ids=ids, pixel_values=pixels)
     assert torch.equal(got.last_hidden_state, expected.last_hidden_state)
     assert int(records[0].kept[1].sum()) == 8
+
+
+def test_the_record_says_whether_everything_was_finite() -> None:
+    model = randomise_routers(inject_pmod(LlamaForCausalLM(LlamaConfig(**TEXT)), RATIOS))
+    ids, target = tokens()
+    flags = []
+    for broken in (False, True):
+        if broken:
+            model.model.layers[2].mlp.down_proj.weight.data[3] = float("nan")
+        with torch.no_grad(), record_routing(model) as records:
+            model(ids, target_mask=target)
+        flags.append(records[0].finite)
+    assert torch.cat(flags).tolist() == [True, False]
