@@ -21,7 +21,7 @@ CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 BUILD_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml tools/backend.py \
 	tools/toolchain.py tools/torchfind.py
 
-.PHONY: help demo test lint bench format check-all check-all-status clean
+.PHONY: help demo test lint bench bench-baseline format check-all check-all-status clean
 
 help:  ## list the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | \
@@ -48,8 +48,24 @@ lint: $(VENV)/.installed  ## check formatting, style, types and C++ with every l
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 	$(BIN)/run-clang-tidy.py -quiet -p build/cmake -clang-tidy-binary $(BIN)/clang-tidy csrc/
 
-bench: $(VENV)/.installed  ## time every op
-	$(BIN)/pytest bench --benchmark-enable --benchmark-only $(ARGS)
+# Memory that is freed stays with the process, for every side: mapping it afresh costs more than the
+# copy itself. The default of glibc is measured apart, on a few shapes, if ARGS is empty. Threads are
+# bound to cores: left alone, two may share one for as long as a run takes.
+BENCH := env OMP_PROC_BIND=true $(BIN)/pytest bench --benchmark-enable --benchmark-only \
+	--benchmark-storage=file://bench/results --benchmark-columns=median,iqr,rounds
+RETAINED := MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	MALLOC_TOP_PAD_=1073741824
+BENCH_NAME := run
+
+bench: $(VENV)/.installed  ## time every op and its peers; ARGS="-k gather" times a part
+ifeq ($(strip $(ARGS)),)
+	$(BENCH) --subset --benchmark-save=default-allocator-$(BENCH_NAME)
+endif
+	env $(RETAINED) $(BENCH) --benchmark-save=$(BENCH_NAME) $(ARGS)
+
+bench-baseline:  ## time everything, replace the committed results and docs/benchmarks.md
+	$(MAKE) bench ARGS= BENCH_NAME=baseline
+	$(BIN)/python tools/bench_report.py --adopt
 
 format: $(VENV)/.installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff format $(PY_SOURCES)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-from peers import Timed, candidate, over_dtypes, over_implementations, over_samples, routed
+from cells import Cell, op_cells, over
+from inputs import Problem
+from peers import memcpy
+from slot import once_per_shape
+from timing import OP_SHARE, Contest, Measure
 
-from pmod_ops.testing import Sample
+from pmod_ops import gather
 
 
-@over_implementations
-@over_dtypes
-@over_samples
-def bench_gather(timed: Timed, sample: Sample, dtype: torch.dtype, impl: str) -> None:
-    case = sample.make(dtype)
-    routing = routed(case)
-    moved = (case.attn_out, case.attn_out)
-    function = candidate(impl, lambda m: m.gather(case.x, routing), moved)
-    assert timed(function, impl, moved) is not None
+@once_per_shape
+def forward(cell: Cell) -> Contest:
+    p, moved = Problem(cell), cell.moved(k=2)
+    return Contest(
+        p.copies("x", moved=moved),
+        lambda rows: gather(rows.x, p.routing),
+        {"eager": lambda rows: rows.x.flatten(0, 1).index_select(0, p.index), "memcpy": memcpy},
+        moved,
+    )
+
+
+@over(op_cells("gather-forward"))
+def bench_gather(measure: Measure, cell: Cell) -> None:
+    measure(cell, forward(cell), OP_SHARE)

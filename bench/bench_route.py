@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import torch
-from peers import Timed, candidate, over_dtypes, over_implementations, over_samples
+from cells import Cell, op_cells, over
+from inputs import Problem, Rows
+from peers import choose, memcpy
+from slot import once_per_shape
+from timing import OP_SHARE, Contest, Measure
+from torch import Tensor
 
-from pmod_ops.plan import ROUTABLE
-from pmod_ops.testing import LAYER, Sample
+from pmod_ops import route
+from pmod_ops.testing import LAYER
 
 
-@over_implementations
-@over_dtypes
-@over_samples
-def bench_route(timed: Timed, sample: Sample, dtype: torch.dtype, impl: str) -> None:
-    case = sample.make(dtype)
-    moved = (case.x[case.plan.kind == ROUTABLE],)
-    function = candidate(
-        impl,
-        lambda m: m.route(case.x, case.router_weight, case.router_bias, case.plan, LAYER),
+@once_per_shape
+def forward(cell: Cell) -> Contest:
+    p, moved = Problem(cell), cell.moved(v=1)
+
+    def ours(rows: Rows) -> tuple[Tensor, Tensor]:
+        routing = route(rows.x, p.weight, p.bias, p.plan, LAYER)
+        return routing.gate, routing.index
+
+    return Contest(
+        p.copies("x", moved=moved),
+        ours,
+        {
+            "eager": lambda rows: choose(rows.x, p.weight, p.bias, cell.text, cell.k),
+            "memcpy": memcpy,
+        },
         moved,
     )
-    assert timed(function, impl, moved) is not None
+
+
+@over(op_cells("route-forward"))
+def bench_route(measure: Measure, cell: Cell) -> None:
+    measure(cell, forward(cell), OP_SHARE)

@@ -233,18 +233,16 @@ class RoutingPlan:
 
     def k(self, layer: int) -> Tensor:
         """int32 [P]: routable rows that `layer` keeps in each pool."""
-        return self.sizes[self._position(layer), : self.num_pools]
+        return self._part(layer, 0, self.num_pools)
 
     def cu_kept(self, layer: int) -> Tensor:
         """int32 [B + 1]: offsets of the kept rows of each sequence in the packed layout."""
-        start = self.num_pools
-        return self.sizes[self._position(layer), start : start + self.num_sequences + 1]
+        return self._part(layer, self.num_pools, self.num_sequences + 1)
 
     def slot_start(self, layer: int, layout: Layout = "packed") -> Tensor:
         """int32 [B]: the slot of the first kept row of each sequence in `layout`."""
-        if layout == "packed":
-            return self.cu_kept(layer)[:-1]
-        return self.sizes[self._position(layer), self.num_pools + self.num_sequences + 1 :]
+        after = 0 if layout == "packed" else self.num_sequences + 1
+        return self._part(layer, self.num_pools + after, self.num_sequences)
 
     def num_slots(self, layer: int, layout: Layout = "packed") -> int:
         """Slots of `layout`: the kept rows, plus fillers if padded."""
@@ -263,6 +261,10 @@ class RoutingPlan:
     def max_kept(self, layer: int) -> int:
         """Rows that `layer` keeps in the sequence that keeps most; 0 for an empty batch."""
         return max(self.kept_per_sequence(layer), default=0)
+
+    def _part(self, layer: int, start: int, length: int) -> Tensor:
+        # half the time that subscripts take
+        return self.sizes.select(0, self._position(layer)).narrow(0, start, length)
 
     def _position(self, layer: int) -> int:
         if layer not in self.layers:

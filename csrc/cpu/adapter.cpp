@@ -18,11 +18,11 @@ int64_t cache_bytes() {
 }  // namespace
 
 bool worth_streaming(const Tensor& rows) {
-  static const int64_t half_cache = cache_bytes() / 2;
+  static const int64_t quarter = cache_bytes() / 4;
   const int64_t hidden = rows.size(1),
                 bytes = rows.numel() * static_cast<int64_t>(rows.element_size());
   const auto address = reinterpret_cast<uintptr_t>(rows.const_data_ptr());
-  return bytes > half_cache && hidden % kLanes == 0 && address % kCacheLine == 0;
+  return bytes > quarter && hidden % kLanes == 0 && address % kCacheLine == 0;
 }
 
 }  // namespace pmod::cpu

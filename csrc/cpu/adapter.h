@@ -190,7 +190,8 @@ Acc<T> scalar(const char* op, const char* argument, const OptionalTensor& t) {
   return t ? weights<T>(op, argument, *t, 1).data()[0] : Acc<T>(0);
 }
 
-// Whether rows are better written past the cache: not if half of it can hold them for the next op.
+// Whether rows are better written past the cache: not if a quarter of it can hold them for the next
+// op.
 bool worth_streaming(const Tensor& rows);
 
 // Calls f(begin, end) on ranges of rows, in parallel; a task of less than 64 KB is not worth
