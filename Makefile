@@ -18,13 +18,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 4
 PY_SOURCES := $(wildcard pmod_ops pmod_model tests bench tools setup.py)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CXX_TESTS := $(shell find tests/cpp -name '*.cpp' -o -name '*.h')
 BUILD_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml tools/backend.py \
 	tools/toolchain.py tools/torchfind.py
 
 .PHONY: help demo test lint bench bench-baseline format check-all check-all-status clean
+.PHONY: test-cpp test-aarch64 sanitize sanitize-ops sanitize-cpp sanitize-threads
 
 help:  ## list the commands
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | \
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | \
 		awk -F '\t' '{ printf "  make %-18s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.installed  ## train p-MoD and a dense twin on easy-VQA and write build/demo/report.html
@@ -40,12 +42,58 @@ demo: $(VENV)/.installed  ## train p-MoD and a dense twin on easy-VQA and write 
 test: $(VENV)/.installed  ## run the tests on the CPU
 	$(PYTEST) $(ARGS)
 
+# A shell command that fails and says what to install if a program is missing.
+need = command -v $(1) >/dev/null || { echo "$(1) not found; install it: $(2)" >&2; exit 1; }
+
+# Builds and runs the C++ tests in a folder, with more options for CMake. What CMake cached of an
+# earlier environment does not carry over: not its Ninja, and no option.
+define cpp-tests
+@$(call need,cmake,pip install cmake, or apt install cmake)
+@$(call need,ninja,pip install ninja, or apt install ninja-build)
+@$(call need,$${CXX:-c++},apt install g++)
+cmake -S . -B $(1) -G Ninja -U 'PMOD_*' -DCMAKE_MAKE_PROGRAM="$$(command -v ninja)" \
+	-DPMOD_CPP_TESTS=ON $(PMOD_CMAKE_ARGS) $(2)
+cmake --build $(1) --parallel "$$(nproc)"
+ctest --test-dir $(1) --verbose --parallel "$$(nproc)"
+endef
+
+test-cpp:  ## build and run the tests of the C++ code that knows no tensors; needs no torch
+	$(call cpp-tests,build/cpp)
+
+# The bits must be those of the machine at hand, and nothing of x86 may be compiled.
+test-aarch64: test-cpp  ## the same for 64-bit ARM: cross-compiled, run in an emulator
+	@$(call need,aarch64-linux-gnu-g++,apt install g++-aarch64-linux-gnu)
+	@$(call need,qemu-aarch64,apt install qemu-user)
+	$(call cpp-tests,build/cpp-aarch64,-DCMAKE_TOOLCHAIN_FILE=tests/cpp/aarch64.cmake)
+	! ninja -C build/cpp-aarch64 -t deps | grep -E '/(x86|x86[a-z]*intrin|[a-z]+mmintrin)\.h$$'
+	cmp build/cpp/bits.txt build/cpp-aarch64/bits.txt
+
+sanitize: sanitize-ops sanitize-cpp sanitize-threads  ## run op and C++ tests under ASan, UBSan, TSan
+
+# The second file proves that it is the sanitized package that is tested. No search for leaks: the
+# interpreter itself has some.
+sanitize-ops: SANITIZED := $(abspath build/sanitized)
+sanitize-ops: $(VENV)/.installed
+	PMOD_CMAKE_ARGS="$(PMOD_CMAKE_ARGS) '-DPMOD_SANITIZE=address;undefined'" \
+		$(PIP) --no-deps --no-build-isolation --upgrade --target $(SANITIZED) .
+	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+			$$($${CXX:-c++} -print-file-name=libubsan.so)" \
+		$(PYTEST) tests/ops tests/build/test_installed_package.py \
+			-m 'not compile and not slow' $(ARGS)
+
+sanitize-cpp:
+	$(call cpp-tests,build/cpp-address,'-DPMOD_SANITIZE=address;undefined')
+
+sanitize-threads:
+	$(call cpp-tests,build/cpp-thread,-DPMOD_SANITIZE=thread)
+
 lint: $(VENV)/.installed  ## check formatting, style, types and C++ with every linter
 	$(BIN)/ruff format --check $(PY_SOURCES)
 	$(BIN)/ruff check $(PY_SOURCES)
 	$(BIN)/codespell
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) $(CXX_TESTS)
 	$(BIN)/run-clang-tidy.py -quiet -p build/cmake -clang-tidy-binary $(BIN)/clang-tidy csrc/
 
 # Memory that is freed stays with the process, for every side: mapping it afresh costs more than the
@@ -70,7 +118,7 @@ bench-baseline:  ## time everything, replace the committed results and docs/benc
 format: $(VENV)/.installed  ## rewrite the sources in the project's format
 	$(BIN)/ruff format $(PY_SOURCES)
 	$(BIN)/ruff check --fix $(PY_SOURCES)
-	$(BIN)/clang-format -i $(CXX_SOURCES)
+	$(BIN)/clang-format -i $(CXX_SOURCES) $(CXX_TESTS)
 
 check-all: $(VENV)/.installed  ## run every check there is, record it in docs/check-all.json
 	$(BIN)/python tools/check_all.py --torch '$(TORCH)'

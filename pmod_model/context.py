@@ -26,8 +26,8 @@ class RoutingRecord:
         kept: for each routed layer, bool [B, S], the competing tokens that it kept.
         logits: for each routed layer, fp32 [B, S] router scores; 0 on tokens that did not compete.
         gate: for each routed layer, fp32 [B, S] weights; 1 on tokens that did not compete.
-        finite: bool [1] on the device, False once a routed layer wrote an infinity or NaN for a token
-            that is not padding. Reading it waits for the device, so read it once per step.
+        finite: bool [1] on the device, False once a routed layer wrote an infinity or NaN for a
+            token that is not padding. Reading it waits for the device, so read it once per step.
     """
 
     target_mask: Tensor

@@ -20,25 +20,33 @@ def stand_in(x: Tensor, *shape: int) -> Tensor:
 
 
 def carry_of(routing: Routing, x: Tensor) -> Carry | None:
-    """The carry of `routing` if `x` is what came with it, unchanged, and gradients are recorded."""
+    """The carry of `routing`, if gradients are recorded and may take it.
+
+    x and the selection must be what came with it, unchanged, and nobody may watch the gradient of
+    x, which goes past it.
+    """
     carry = routing.carry
     if carry is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     same = chain_mark(x) is carry.chain and x._version == carry.version
-    return carry if same else None
+    same &= routing.index is carry.index and routing.inverse is carry.inverse
+    return carry if same and not _watched(x) else None
 
 
 def mark_residual(residual: Tensor, rows: Tensor, routing: Routing) -> None:
     """Note that the gradient of `residual` may be given as that of `rows` [N, D] at its index."""
-    residual._pmod_rows = (rows, routing.index, residual._version)  # pyright: ignore[reportAttributeAccessIssue]
+    mark = (rows, routing.index, routing.inverse, residual._version)
+    residual._pmod_rows = mark  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def rows_of_residual(residual: Tensor, routing: Routing) -> Tensor | None:
     """The stand-in noted for `residual`, if it is untouched and nobody watches its gradient."""
     if torch.compiler.is_compiling():
         return None
-    rows, index, version = getattr(residual, "_pmod_rows", (None, None, None))
-    if index is not routing.index or residual._version != version:
-        return None
-    watched = residual.retains_grad or residual._backward_hooks
-    return None if watched else rows
+    rows, index, inverse, version = getattr(residual, "_pmod_rows", (None,) * 4)
+    same = index is routing.index and inverse is routing.inverse and residual._version == version
+    return rows if same and not _watched(residual) else None
+
+
+def _watched(tensor: Tensor) -> bool:
+    return tensor.retains_grad or bool(tensor._backward_hooks)

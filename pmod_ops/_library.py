@@ -61,6 +61,8 @@ def chain(
     call = getattr(torch.ops.pmod, op)
 
     class Chain(torch.autograd.Function):
+        updates_buffer = True
+
         @staticmethod
         def forward(x: Tensor, *args: Any) -> Any:
             out = call(flat(x), *args)
@@ -87,8 +89,14 @@ def chain(
 
 
 def receiver(x: Tensor) -> Any:
-    """The autograd node that the gradient of x goes to; None for a leaf and under compile."""
-    return None if torch.compiler.is_compiling() else x.grad_fn
+    """The node that the gradient of x goes to, if it is one that updates it in place, else None.
+
+    Any other node would be kept alive, with its graph, by the gradient that carries it as a mark.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    function = getattr(x.grad_fn, "_forward_cls", None)
+    return x.grad_fn if getattr(function, "updates_buffer", False) else None
 
 
 def same_chain(passed: Tensor, x: Tensor) -> Tensor:

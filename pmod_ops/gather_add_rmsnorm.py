@@ -158,7 +158,8 @@ def gather_add_rmsnorm(
         return_x: also return x, for the next reader of x.
 
     Returns:
-        residual and rows, both like `attn_out` in the dtype of x; then x if `return_x`.
+        residual and rows, both like `attn_out` in the dtype of x; then x if `return_x`. For the x
+        that `route_gather` returned, gradients go past x and residual, see `weighted_scatter_add`.
 
     Raises:
         TypeError: a dtype does not fit.

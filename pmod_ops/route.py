@@ -197,7 +197,7 @@ def route(
     router = None
     if return_x and needs_grad(x, weight, bias):
         *routed, x = _route_chain(x, weight, bias, *sizes)
-        router = fold_router(x, weight, bias, routed[1], gate_scale, activation)
+        router = fold_router(x, weight, bias, routed[0], routed[1], gate_scale, activation)
     else:
         routed = torch.ops.pmod.route(flat(x), weight, bias, *sizes)
     routing = make_routing(plan, layer, layout, *routed, router=router)
@@ -275,6 +275,7 @@ def fold_router(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    logits: Tensor,
     gate: Tensor,
     gate_scale: float,
     activation: str,
@@ -287,7 +288,8 @@ def fold_router(
         return None
     kind = ACTIVATIONS.index(activation)
     mark = chain_mark(x) or start_chain(x)
-    return RouterGradient(weight, bias, gate, float(gate_scale), kind, mark, x._version)
+    scores = logits.detach()
+    return RouterGradient(weight, bias, scores, gate, float(gate_scale), kind, mark, x._version)
 
 
 def results_with_x(routing: Routing, *tensors: Tensor | None) -> Any:

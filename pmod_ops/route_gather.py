@@ -147,6 +147,8 @@ _route_gather_chain = chain("route_gather", _setup, _backward)
 class _Carried(torch.autograd.Function):
     """The op, x, and the stand-ins of a `Carry`, whose gradients end here."""
 
+    updates_buffer = True
+
     @staticmethod
     def forward(x: Tensor, *args: Any) -> Any:
         out = torch.ops.pmod.route_gather(flat(x), *args)
@@ -242,7 +244,8 @@ def route_gather(
         *routed, rows, _rstd, x = _route_gather_chain(x, *arguments)
     else:
         *routed, rows, _rstd, x, kept, skipped = _Carried.apply(x, *arguments)
-        carry = Carry(kept, skipped, start_chain(x), x._version)
-        router = fold_router(x, weight, bias, routed[1], gate_scale, activation)
+        scores, gates, index, inverse = routed
+        carry = Carry(kept, skipped, index, inverse, start_chain(x), x._version)
+        router = fold_router(x, weight, bias, scores, gates, gate_scale, activation)
     routing = make_routing(plan, layer, layout, *routed, router=router, carry=carry)
     return results_with_x(routing, routing.rows(rows), x if return_x else None)

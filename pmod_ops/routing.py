@@ -24,6 +24,7 @@ class RouterGradient:
 
     weight: Tensor
     bias: Tensor | None
+    logits: Tensor
     gate: Tensor
     gate_scale: float
     activation: int
@@ -39,11 +40,13 @@ class Carry:
     that of the gathered rows of x; the gradient of `skipped`, shaped like x, is that of the other
     rows, and what its kept rows hold is ignored. So no reader of x has to add to, or even zero,
     rows that are not its own. Used only for the x returned with the routing, unchanged (`chain`,
-    `version`).
+    `version`), and for the selection it was made with (`index`, `inverse`).
     """
 
     kept: Tensor
     skipped: Tensor
+    index: Tensor
+    inverse: Tensor
     chain: object
     version: int
 
@@ -100,7 +103,7 @@ class Routing:
         index = self.index.new_full((slots,), -1).scatter(0, slot, self.index)
         # packed slots ascend with the rows, so the kept rows take the padded slots in order
         inverse = self.inverse.masked_scatter(self.inverse >= 0, slot.to(torch.int32))
-        return replace(self, index=index, inverse=inverse, layout="padded")
+        return replace(self, index=index, inverse=inverse, layout="padded", carry=None)
 
     def rows(self, slots: Tensor) -> Tensor:
         """View [slots, D] as this layout's [K, D] or [B, max_kept, D]."""

@@ -190,12 +190,6 @@ TABLE = (
     Sample("unscaled", ("t2 v20",), options={"scale_skipped": False}),
 )  # fmt: skip
 
-# The sizes users have; too large for gradcheck, so the benchmarks alone read these rows.
-BENCHMARKS = (
-    Sample("llava15_full", ("t60 v576",), hidden=4096),
-    Sample("llava_next_full", ("t60 v2880",), hidden=4096),
-)
-
 
 def distinct(case: Case, gap: float = 1e-4) -> bool:
     """Whether a gap separates kept from skipped logits in every pool: small steps are safe."""
@@ -268,7 +262,6 @@ def strided(x: Tensor) -> Tensor:
 
 
 __all__ = [
-    "BENCHMARKS",
     "DTYPES",
     "LAYER",
     "TABLE",

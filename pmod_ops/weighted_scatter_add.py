@@ -147,7 +147,7 @@ class _Chain(torch.autograd.Function):
         router_bias: Tensor | None,
         skipped: Tensor | None,
         of_residual: Tensor | None,
-        logits: Tensor,
+        logits: Tensor | None,
         inverse: Tensor,
         kind: Tensor,
         flags: tuple[bool, bool],
@@ -178,11 +178,14 @@ class _Chain(torch.autograd.Function):
         x, update, gate, inverse, kind, weight, logits = ctx.saved_tensors
         skipped, of_residual = ctx.carried
         grad_out = flat(grad_out)
-        router = (weight, None if weight is None else logits, *ctx.router_gate)
+        router = (weight, logits, *ctx.router_gate)
+        # detect_anomaly looks for NaN in rows that nobody reads, too
+        anomaly = torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()
+        zero_kept = not skipped or anomaly
         grad_x, grad_residual, grad_update, grad_gate, grad_weight, grad_bias = (
             torch.ops.pmod.weighted_scatter_add_backward(
                 *(grad_out, flat(x), update, gate, inverse, kind, *ctx.flags),
-                *(*router, not of_residual, not skipped),
+                *(*router, not of_residual, zero_kept),
             )
         )
         given = [
@@ -223,7 +226,9 @@ def weighted_scatter_add(
 
     Args:
         x: [N, D] or [B, S, D], the input of the layer; made contiguous if it is not.
-        residual: [K, D], or [B, max_kept, D] for a padded routing: x[index] plus attention.
+        residual: [K, D], or [B, max_kept, D] for a padded routing: x[index] plus attention. As
+            `gather_add_rmsnorm` returned it in a chained layer, its gradient goes straight to that
+            op: a hook put on it later, or `autograd.grad` for it, sees what others give it only.
         update: like residual: the MLP output. Under autocast both may have any float dtype.
         routing: of the same N rows.
         gate_mlp: multiply `update` of routable rows by the gate.
@@ -352,7 +357,7 @@ def _weighted_scatter_add_chain(
         None if router is None else router.bias,
         None if carry is None else carry.skipped,
         of_residual,
-        routing.logits.detach(),
+        None if router is None else router.logits,
         routing.inverse,
         routing.kind,
         flags,

@@ -132,7 +132,13 @@ def op_table(runs: Runs) -> str:
 def select_table(runs: Runs) -> str:
     """Our selection and torch.topk."""
     key: Columns = {"n": lambda r: r.geometry[1:], "R": lambda r: f"{r.ratio:g}"}
-    return by_threads(runs.of("select-growth"), key, {"ours, ms": ours, **ratios("topk")})
+    columns: Columns = {
+        "`route`, ms": ours,
+        "op alone, ms": lambda r: number(r.info["wall_ms"]["op"]),
+    }
+    for name, form in (("topk, ms", "topk_sorted"), ("topk unsorted, ms", "topk")):
+        columns[name] = lambda r, f=form: number(r.info["wall_ms"][f])
+    return by_threads(runs.of("select-growth"), key, columns)
 
 
 def layer_table(runs: Runs) -> str:

@@ -18,6 +18,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -111,29 +112,18 @@ def pytest_step(name: str, *arguments: str, env: Mapping[str, str] = {}) -> dict
 
 
 def check_sanitized() -> dict[str, int]:
-    """Runs the op tests on a library with the address and undefined-behaviour sanitizers."""
-    target = WORK / "sanitized"
-    run(
-        *(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
-        *("--upgrade", "--target", target, ROOT),
-        env={"PMOD_CMAKE_ARGS": "'-DPMOD_SANITIZE=address;undefined'"},
-    )
-    compiler = os.environ.get("CXX", "c++")
-    runtimes = [
-        subprocess.check_output([compiler, f"-print-file-name={name}"], text=True).strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    return pytest_step(
-        "sanitized",
-        # The second file proves that it is the sanitized package that is tested.
-        *("tests/ops", "tests/build/test_installed_package.py", "-m", "not compile and not slow"),
-        # No search for leaks: the interpreter itself has some.
-        env={
-            "PYTHONPATH": str(target),
-            "LD_PRELOAD": " ".join(runtimes),
-            "ASAN_OPTIONS": "detect_leaks=0",
-        },
-    )
+    """Runs the op tests and the C++ tests under sanitizers; returns the counts of the op tests."""
+    report = WORK / "sanitized.xml"
+    run("make", "sanitize", f"ARGS=--junitxml={report}")
+    return count_tests(report)
+
+
+def lower_levels() -> list[str]:
+    """Returns the instruction sets of this machine that the tests use only if told to."""
+    from pmod_ops import backend_info  # here, so that all else works without torch
+
+    build = backend_info()["build"]
+    return [name for name in build["isa"] if name != build["active_isa"]]
 
 
 def check_fresh_install(torch: str) -> dict[str, int]:
@@ -176,9 +166,16 @@ def main() -> None:
     steps: dict[str, Callable[[], dict[str, int]]] = {
         "lint": lambda: run("make", "lint") or {},
         "tests": lambda: pytest_step("tests"),
-        "sanitized op tests": check_sanitized,
+        "sanitized tests": check_sanitized,
+        "C++ tests, x86 and ARM": lambda: run("make", "test-aarch64") or {},
         "fresh installs": lambda: check_fresh_install(arguments.torch),
     }
+    for isa in lower_levels():
+        steps[f"op tests on {isa}"] = partial(
+            pytest_step,
+            *(isa, "tests/ops", "-m", "not compile"),
+            env={"PMOD_CPU_ISA": isa},
+        )
     results: dict[str, dict[str, float]] = {}
     for name, step in steps.items():
         start = time.monotonic()

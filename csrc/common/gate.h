@@ -1,5 +1,4 @@
-// What a routing plan says of a row, and how a logit becomes a gate: scale * act(logit) + bias.
-// Tensor-free.
+// What a routing plan says of a row, and the activations of a gate. Tensor-free.
 #pragma once
 
 #include <cstdint>

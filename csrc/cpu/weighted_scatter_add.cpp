@@ -156,7 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_
           .hidden = a.hidden,
           .gate_mlp = gate_mlp,
           .scale_skipped = scale_skipped,
-          .streaming = worth_streaming(grad_x) && worth_streaming(grad_update),
+          .streaming = worth_streaming(grad_x) && worth_streaming(grad_update) &&
+                       (!write_residual || worth_streaming(grad_residual)),
           .zero_kept = zero_kept,
           .router = sum.chunk(c)};
       row_loops<T>().weighted_scatter_add_backward(loop, begin, end);

@@ -1,6 +1,9 @@
 """The whole glue of a layer with x handed from op to op: one gradient buffer, the router folded in."""
 
+import copy
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import torch
@@ -275,6 +278,120 @@ def test_a_residual_that_is_more_than_passed_on_gets_its_whole_gradient(change):
 
     for a, b in zip(gradients_of_layer(True), gradients_of_layer(False), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def layer_gradients(case, chained, between):
+    """Gradients of a layer of leaves; `between(routing, x)` may change both after route_gather."""
+    leaves = leaves_of(case)
+    x = leaves["x"] * 1
+    routing, _, *rest = pmod_ops.route_gather(
+        x, leaves["router_weight"], None, case.plan, LAYER, return_x=chained
+    )
+    routing, x = between(routing, rest[0] if chained else x)
+    slots = routing.index.shape[0]
+    attn, update = leaves["attn_out"][:slots], leaves["update"][:slots]
+    if routing.layout == "padded":
+        attn, update = (
+            routing.rows(t.new_zeros(slots, t.shape[-1])) + t.mean() for t in (attn, update)
+        )
+    residual, rows = pmod_ops.gather_add_rmsnorm(x, attn, routing, leaves["norm_weight"], EPS)
+    out = pmod_ops.weighted_scatter_add(x, residual, update * rows, routing)
+    return gradients(out, leaves)
+
+
+def another_selection(routing, x):
+    index = routing.index.flip(0).roll(1).sort().values  # a tensor of its own, other rows:
+    index[-1] = (routing.inverse < 0).nonzero()[-1, 0]
+    index = index.unique().to(torch.int32)
+    inverse = torch.full_like(routing.inverse, -1)
+    inverse[index.long()] = torch.arange(len(index), dtype=torch.int32)
+    return dataclasses.replace(routing, index=index, inverse=inverse), x
+
+
+def fewer_rows(routing, x):
+    inverse = routing.inverse.clone()
+    inverse[routing.index[-1]] = -1
+    return dataclasses.replace(routing, inverse=inverse), x
+
+
+def other_logits(routing, x):
+    return dataclasses.replace(routing, logits=routing.logits / 3), x
+
+
+def hook(routing, x):
+    x.register_hook(lambda grad: grad.clone())  # fails if it is given None
+    return routing, x
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        another_selection,
+        fewer_rows,
+        other_logits,
+        hook,
+        lambda routing, x: (routing.padded(), x),
+    ],
+    ids=["another_selection", "fewer_rows", "other_logits", "hook", "padded"],
+)
+@pytest.mark.parametrize("sample", [TABLE[0], TABLE[4]], ids=str)
+def test_a_changed_routing_gets_its_gradients_the_ordinary_way(sample, between):
+    case = sample.make(torch.float64)
+    chained, plain = (layer_gradients(case, chained, between) for chained in (True, False))
+    for a, b in zip(chained, plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_retained_gradient_of_the_returned_x_is_whole():
+    case = TABLE[0].make(torch.float64)
+    kept = []
+
+    def retain(routing, x):
+        x.retain_grad()
+        kept.append(x)
+        return routing, x
+
+    layer_gradients(case, True, retain)
+    leaves = leaves_of(case)
+    routing, _, x = pmod_ops.route_gather(
+        leaves["x"] * 1, leaves["router_weight"], None, case.plan, LAYER, return_x=True
+    )
+    x.retain_grad()
+    out = pmod_ops.weighted_scatter_add(x, leaves["attn_out"], leaves["update"], routing)
+    (out.sum() + x.sum()).backward()
+    skipped = (routing.inverse < 0)[:, None]
+    # skipped rows: gate * 1 + 1, and the router's part, which is folded in
+    assert torch.equal(x.grad[~skipped.squeeze()], torch.ones_like(x.grad[~skipped.squeeze()]))
+    assert (x.grad[skipped.squeeze()] != 1).any()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+def test_anomaly_detection_finds_nothing_in_a_sound_layer():
+    case = TABLE[0].make()
+    poison = [torch.full_like(case.x, float("nan")) for _ in range(50)]
+    with torch.autograd.detect_anomaly(check_nan=True):
+        leaves = leaves_of(case)
+        out = glue(pmod_ops, {**leaves, "x": leaves["x"] * 1}, case, True)
+        del poison  # what is allocated next holds NaN
+        gradients(out, leaves)
+
+
+class Canary:
+    """Can be referenced weakly, unlike a node of the graph."""
+
+
+def test_a_gradient_keeps_no_graph_alive():
+    case = TABLE[0].make()
+    leaves = leaves_of(case)
+    x = leaves["x"].tanh()
+    x.grad_fn.metadata["canary"] = canary = Canary()
+    gone = weakref.ref(canary)
+    out = glue(pmod_ops, {**leaves, "x": x}, case, True)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    del out, x, leaves, canary
+    gc.collect()
+    assert gone() is None
+    assert torch.equal(copy.deepcopy(grad), grad)
 
 
 def test_two_scatters_of_one_routing_add_up():

@@ -178,6 +178,20 @@ def test_finite_flag(dtype, in_place):
     assert not flag
 
 
+def test_next_logits_of_an_infinite_row_are_infinite():
+    """Lanes beyond a row whose width is no multiple of a block stay out of its score."""
+    case = Sample("infinite_gate", ("v4",), hidden=12, options={"activation": "none"}).make()
+    logits = torch.tensor([float("inf"), 1.0, 2.0, 3.0])
+    routing = pmod_ops.route(
+        case.x, case.router_weight, None, case.plan, LAYER, logits=logits, activation="none"
+    )
+    x, rows = case.x.abs() + 1, case.update.abs() + 1
+    router = (torch.ones(12), None)
+    out, scores = pmod_ops.weighted_scatter_add(x, rows, rows, routing, next_router=router)
+    assert torch.equal(scores, pmod_ops.route(out, *router, case.plan, LAYER).logits)
+    assert scores[0] == float("inf")
+
+
 def test_padding_is_copied_bitwise_even_nan():
     case = TABLE[5].make()
     padding = case.plan.kind == 0

@@ -4,19 +4,33 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace pmod::cpu {
 namespace {
 
 constexpr std::array<const char*, 4> kNames = {"base", "avx2", "avx512", "avx512_bf16"};
 
+#if defined(__x86_64__)
+// Not a name that __builtin_cpu_supports of every compiler knows. AVX2 has the state it needs.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
 std::vector<Isa> detect() {
   std::vector<Isa> levels = {Isa::kBase};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("f16c")) return levels;
+  if (!__builtin_cpu_supports("avx2") || !has_f16c()) return levels;
   levels.push_back(Isa::kAvx2);
-  // x86-64-v4 is AVX-512 F, BW, CD, DQ and VL, usable under this operating system
-  if (!__builtin_cpu_supports("x86-64-v4")) return levels;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return levels;
+  }
   levels.push_back(Isa::kAvx512);
   if (__builtin_cpu_supports("avx512bf16")) levels.push_back(Isa::kAvx512Bf16);
 #endif

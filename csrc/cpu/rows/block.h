@@ -70,6 +70,19 @@ PMOD_INLINE void write(T* to, const Packed<T>& block, First lanes, bool /*stream
   write(to, block, lanes);
 }
 
+// The block with zeros beyond the row, where arithmetic may have made NaN of zeros.
+template <typename T>
+PMOD_INLINE Packed<T> only(const Packed<T>& block, All /*lanes*/) {
+  return block;
+}
+
+template <typename T>
+PMOD_INLINE Packed<T> only(const Packed<T>& block, First lanes) {
+  Packed<T> out{};
+  __builtin_memcpy(&out, &block, lanes.count * sizeof(T));
+  return out;
+}
+
 template <typename T>
 PMOD_INLINE Block<Acc<T>> widen(const Packed<T>& block) {
   return Codec<T>::widen(block);
@@ -163,14 +176,6 @@ PMOD_INLINE void prefetch(const T* block) {
   for (int64_t at = 0; at < kLanes * int64_t{sizeof(T)}; at += kCacheLine) {
     __builtin_prefetch(line + at);
   }
-}
-
-// One half of the lines of a block.
-template <typename T>
-PMOD_INLINE void prefetch_half(const T* block, int half) {
-  constexpr int64_t kBytes = kLanes * int64_t{sizeof(T)} / 2;
-  const char* line = reinterpret_cast<const char*>(block) + half * kBytes;
-  for (int64_t at = 0; at < kBytes; at += kCacheLine) __builtin_prefetch(line + at);
 }
 
 template <typename T>

@@ -12,6 +12,10 @@
 #error "PMOD_ISA must name the namespace of the instruction set"
 #endif
 
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "pairs of halves are split as on a little-endian machine"
+#endif
+
 #define PMOD_INLINE __attribute__((always_inline)) inline
 #define PMOD_INLINE_LAMBDA __attribute__((always_inline))
 

@@ -42,7 +42,7 @@ bool scatter_rows(const WeightedScatterAdd<T>& a, int64_t begin, int64_t end) {
     const auto finish = [&](int64_t i, auto lanes, const Packed<T>& out) PMOD_INLINE_LAMBDA {
       next.prefetch_block(i);
       write(to + i, out, lanes, a.streaming);
-      const Block<Acc<T>> v = widen(out);
+      const Block<Acc<T>> v = widen(only(out, lanes));
       if constexpr (Score) logit = logit + v * load_block(a.next_weight + i);
       if constexpr (Check) nan = nan + (v - v);  // 0 unless v is infinite or NaN
     };
