@@ -73,12 +73,12 @@ sanitize: sanitize-ops sanitize-cpp sanitize-threads  ## run op and C++ tests un
 # The second file proves that it is the sanitized package that is tested. No search for leaks: the
 # interpreter itself has some.
 sanitize-ops: SANITIZED := $(abspath build/sanitized)
+sanitize-ops: RUNTIMES = $(shell $${CXX:-c++} -print-file-name=libasan.so) \
+	$(shell $${CXX:-c++} -print-file-name=libubsan.so)
 sanitize-ops: $(VENV)/.installed
 	PMOD_CMAKE_ARGS="$(PMOD_CMAKE_ARGS) '-DPMOD_SANITIZE=address;undefined'" \
 		$(PIP) --no-deps --no-build-isolation --upgrade --target $(SANITIZED) .
-	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
-			$$($${CXX:-c++} -print-file-name=libubsan.so)" \
+	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(RUNTIMES)" \
 		$(PYTEST) tests/ops tests/build/test_installed_package.py \
 			-m 'not compile and not slow' $(ARGS)
 
