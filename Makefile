@@ -48,8 +48,8 @@ need = command -v $(1) >/dev/null || { echo "$(1) not found; install it: $(2)" >
 # Builds and runs the C++ tests in a folder, with more options for CMake. What CMake cached of an
 # earlier environment does not carry over: not its Ninja, and no option.
 define cpp-tests
-@$(call need,cmake,pip install cmake, or apt install cmake)
-@$(call need,ninja,pip install ninja, or apt install ninja-build)
+@$(call need,cmake,pip install cmake)
+@$(call need,ninja,pip install ninja)
 @$(call need,$${CXX:-c++},apt install g++)
 cmake -S . -B $(1) -G Ninja -U 'PMOD_*' -DCMAKE_MAKE_PROGRAM="$$(command -v ninja)" \
 	-DPMOD_CPP_TESTS=ON $(PMOD_CMAKE_ARGS) $(2)

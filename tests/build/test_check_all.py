@@ -6,6 +6,8 @@ from pathlib import Path
 import check_all
 import pytest
 
+import pmod_ops
+
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
@@ -44,6 +46,12 @@ def test_counts_are_read_from_the_report(tmp_path: Path) -> None:
     report.write_text(f"<testsuites>{suite}</testsuites>")
     expected = {"tests": 5, "failures": 1, "errors": 0, "skipped": 2}
     assert check_all.count_tests(report) == expected
+
+
+def test_lower_levels_are_all_but_the_active_one() -> None:
+    build = pmod_ops.backend_info()["build"]
+    lower = check_all.lower_levels()
+    assert sorted([*lower, build["active_isa"]]) == sorted(build["isa"])
 
 
 def test_the_record_is_of_these_sources() -> None:

@@ -3,11 +3,10 @@
 // A reference works in the next wider type; beside each value it keeps the largest error that the
 // loop's own roundings can have made. With u half the distance between 1 and the next number of the
 // accumulate type, as in Higham, Accuracy and Stability of Numerical Algorithms, 2.2 and 4.2:
-//   one operation           errors of the operands carried over, plus u |result|
-//   a sum of n products     every term goes through n / kLanes + log2(kLanes) additions at most:
-//   with d
-//                           of them, d u / (1 - d u) times the sum of the sizes of all terms
-//   rounding to a row type  half a unit in the last place of that type
+// * one operation: the errors of its operands carry over, and u |result| is added;
+// * a sum of n products: each goes through d = n / kLanes + log2(kLanes) additions at most, so
+//   d u / (1 - d u) times the sum of the sizes of all products is added;
+// * rounding to a row type: half a unit in the last place of that type.
 // The roundings of the wider type are counted too, so a check compares with nothing on top.
 #pragma once
 

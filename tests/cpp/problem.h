@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -58,6 +60,22 @@ struct Problem {
   const T* row(const Buffer<T>& all, int64_t r) const { return all.data() + r * hidden; }
   const T* slot_of(const Buffer<T>& kept_rows, int64_t r) const {
     return kept(r) ? row(kept_rows, inverse[r]) : nullptr;
+  }
+
+  // Puts infinities, NaN and the largest numbers into some rows, and denormal ones if wanted.
+  void sprinkle(bool denormals) {
+    const double tiny = std::ldexp(3.0, Format<T>::kLeast - Format<T>::kDigits + 1);
+    const double most = std::ldexp(1.5, Format<T>::kMost);
+    const double infinity = std::numeric_limits<double>::infinity();
+    for (Buffer<T>* rows : {&x, &grad_out, &grad_x, &attn_out, &residual, &update, &grad_rows,
+                            &grad_residual, &grad_kept}) {
+      for (int64_t i = random_.below(97); i < rows->size(); i += 1 + random_.below(97)) {
+        const double specials[] = {infinity, -infinity, infinity - infinity, most, -most};
+        const double small = random_.below(2) == 0 ? tiny : -tiny;
+        const int64_t which = random_.below(denormals ? 10 : 5);
+        (*rows)[i] = nearest<T>(which < 5 ? specials[which] : small);
+      }
+    }
   }
 
  private:
