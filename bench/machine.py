@@ -15,12 +15,13 @@ RETAINED = {"MALLOC_MMAP_THRESHOLD_": 1 << 32, "MALLOC_TRIM_THRESHOLD_": 1 << 34
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level cache; 32 MiB where the system does not say."""
-    try:
-        size = os.sysconf("SC_LEVEL3_CACHE_SIZE")
-    except (ValueError, OSError):
-        size = 0
-    return size if size > 0 else 32 << 20
+    """Bytes of the last-level cache that this core shares; 32 MiB where the system does not say.
+
+    sysconf would give the sum of all clusters of an AMD socket.
+    """
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = [int(size.read_text().strip().removesuffix("K")) << 10 for size in sizes]
+    return max(found, default=32 << 20)
 
 
 def cpu() -> str:

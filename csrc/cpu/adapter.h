@@ -156,42 +156,69 @@ class AlignedArray {
   std::unique_ptr<A, Delete> data_;
 };
 
-// A weight in any row type as rows of T meet it: of the accumulate type, padded, in block order.
-template <typename T>
-AlignedArray<Acc<T>> weights(const char* op, const char* argument, const Tensor& t, int64_t size) {
-  check_cpu(op, argument, t);
-  check(t.dim() == 1 && t.size(0) == size, "pmod_ops.", op, ": ", argument, ": expected ", size,
-        " entries, got ", t.numel());
-  const Tensor flat = torch::stable::contiguous(t);
-  std::vector<Acc<T>> elements(padded(size));
-  dispatch_rows(op, argument, flat, [&](auto type) {
+// The elements of a vector of any row type, in the type of sums.
+template <typename A>
+std::vector<A> widened(const char* op, const char* argument, const Tensor& t) {
+  std::vector<A> out(t.numel());
+  dispatch_rows(op, argument, t, [&](auto type) {
     using W = typename decltype(type)::T;
-    if constexpr (std::is_same_v<Acc<W>, Acc<T>>) {
-      row_loops<W>().widen(data<W>(flat), elements.data(), size);
+    if constexpr (std::is_same_v<Acc<W>, A>) {
+      row_loops<W>().widen(data<W>(t), out.data(), t.numel());
     } else {
-      std::vector<Acc<W>> wide(size);
-      row_loops<W>().widen(data<W>(flat), wide.data(), size);
-      std::copy(wide.begin(), wide.end(), elements.begin());
+      std::vector<Acc<W>> wide(t.numel());
+      row_loops<W>().widen(data<W>(t), wide.data(), t.numel());
+      std::copy(wide.begin(), wide.end(), out.begin());
     }
   });
-  AlignedArray<Acc<T>> blocks(padded(size));
-  row_loops<T>().arrange(elements.data(), blocks.data(), padded(size));
-  return blocks;
+  return out;
 }
 
+// A weight that rows of T meet, as the loops want it.
 template <typename T>
-AlignedArray<Acc<T>> weights(const char* op, const char* argument, const OptionalTensor& t,
-                             int64_t size) {
-  return t ? weights<T>(op, argument, *t, size) : AlignedArray<Acc<T>>();
-}
+class PaddedWeight {
+ public:
+  PaddedWeight() = default;
+
+  PaddedWeight(const char* op, const char* argument, const Tensor& t, int64_t size) {
+    check_cpu(op, argument, t);
+    check(t.dim() == 1 && t.size(0) == size, "pmod_ops.", op, ": ", argument, ": expected ", size,
+          " entries, got ", t.numel());
+    const Tensor flat = torch::stable::contiguous(t);
+    if (dispatch_rows(op, argument, flat,
+                      [](auto type) { return std::is_same_v<typename decltype(type)::T, T>; })) {
+      packed_ = AlignedArray<T>(padded(size));
+      std::copy_n(data<T>(flat), size, packed_.data());
+      std::fill(packed_.data() + size, packed_.data() + padded(size), T{});
+      return;
+    }
+    std::vector<Acc<T>> elements = widened<Acc<T>>(op, argument, flat);
+    elements.resize(padded(size));
+    blocks_ = AlignedArray<Acc<T>>(padded(size));
+    row_loops<T>().arrange(elements.data(), blocks_.data(), padded(size));
+  }
+
+  PaddedWeight(const char* op, const char* argument, const OptionalTensor& t, int64_t size)
+      : PaddedWeight(t ? PaddedWeight(op, argument, *t, size) : PaddedWeight()) {}
+
+  [[nodiscard]] Weight<T> get() const {
+    return {.packed = packed_.data(), .blocks = blocks_.data()};
+  }
+
+ private:
+  AlignedArray<T> packed_;
+  AlignedArray<Acc<T>> blocks_;
+};
 
 template <typename T>
 Acc<T> scalar(const char* op, const char* argument, const OptionalTensor& t) {
-  return t ? weights<T>(op, argument, *t, 1).data()[0] : Acc<T>(0);
+  if (!t) return Acc<T>(0);
+  check_cpu(op, argument, *t);
+  check(t->numel() == 1, "pmod_ops.", op, ": ", argument, ": expected 1 entry, got ", t->numel());
+  return widened<Acc<T>>(op, argument, *t)[0];
 }
 
-// Whether rows are better written past the cache: not if a quarter of it can hold them for the next
-// op.
+// Whether rows are better written past the cache: not if they take little of it. Before large ones
+// are read, the weights of a matrix product have passed through the cache.
 bool worth_streaming(const Tensor& rows);
 
 // Calls f(begin, end) on ranges of rows, in parallel; a task of less than 64 KB is not worth

@@ -30,11 +30,11 @@ std::tuple<Tensor, Tensor, Tensor> gather_add_rmsnorm(const Tensor& x_arg,
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const AlignedArray<A> weight = weights<T>(op, "norm_weight", norm_weight, hidden);
+    const PaddedWeight<T> weight(op, "norm_weight", norm_weight, hidden);
     const GatherAddRmsnorm<T> loop{.x = data<T>(x),
                                    .attn_out = data<T>(attn_out),
                                    .index = data<int32_t>(index),
-                                   .weight = weight.data(),
+                                   .weight = weight.get(),
                                    .eps = static_cast<A>(eps),
                                    .residual = mutable_data<T>(residual),
                                    .rows = mutable_data<T>(rows),
@@ -81,7 +81,7 @@ std::tuple<Tensor, Tensor> gather_add_rmsnorm_backward(
   dispatch_rows(op, "residual", residual, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const AlignedArray<A> weight = weights<T>(op, "norm_weight", norm_weight, hidden);
+    const PaddedWeight<T> weight(op, "norm_weight", norm_weight, hidden);
     const Chunks chunks(slots);
     ChunkedSum<T> sum(chunks, hidden);
     chunks.for_each([&](int64_t c, int64_t begin, int64_t end) {
@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> gather_add_rmsnorm_backward(
                                              .grad_rows = data<T>(grad_rows),
                                              .residual = data<T>(residual),
                                              .index = data<int32_t>(index),
-                                             .weight = weight.data(),
+                                             .weight = weight.get(),
                                              .rstd = data<A>(rstd),
                                              .grad_attn_out = mutable_data<T>(grad_attn_out),
                                              .grad_x = grad_x ? mutable_data<T>(*grad_x) : nullptr,

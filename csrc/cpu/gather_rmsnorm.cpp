@@ -21,10 +21,10 @@ std::tuple<Tensor, Tensor> normalise_rows(const char* op, const Tensor& x, const
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const AlignedArray<A> weight = weights<T>(op, "norm_weight", norm_weight, hidden);
+    const PaddedWeight<T> weight(op, "norm_weight", norm_weight, hidden);
     const GatherRmsnorm<T> loop{.x = data<T>(x),
                                 .index = data<int32_t>(index),
-                                .weight = weight.data(),
+                                .weight = weight.get(),
                                 .eps = static_cast<A>(eps),
                                 .rows = mutable_data<T>(rows),
                                 .rstd = mutable_data<A>(rstd),
@@ -62,7 +62,7 @@ Tensor gather_rmsnorm_backward(Tensor grad_x, const Tensor& grad_rows_arg, const
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const AlignedArray<A> weight = weights<T>(op, "norm_weight", norm_weight, hidden);
+    const PaddedWeight<T> weight(op, "norm_weight", norm_weight, hidden);
     const Chunks chunks(slots);
     ChunkedSum<T> sum(chunks, hidden);
     chunks.for_each([&](int64_t c, int64_t begin, int64_t end) {
@@ -71,7 +71,7 @@ Tensor gather_rmsnorm_backward(Tensor grad_x, const Tensor& grad_rows_arg, const
                                     .rstd = data<A>(rstd),
                                     .index = data<int32_t>(index),
                                     .slots = slots,
-                                    .norm_weight = weight.data(),
+                                    .norm_weight = weight.get(),
                                     .grad_x = mutable_data<T>(grad_x),
                                     .overwrite = !accumulate,
                                     .hidden = hidden,

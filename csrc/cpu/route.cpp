@@ -60,9 +60,9 @@ Tensor score(const char* op, const Tensor& x, const Tensor& weight, const Option
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const AlignedArray<A> w = weights<T>(op, "router_weight", weight, hidden);
+    const PaddedWeight<T> w(op, "router_weight", weight, hidden);
     const Score<T> loop{.x = data<T>(x),
-                        .weight = w.data(),
+                        .weight = w.get(),
                         .bias = scalar<T>(op, "router_bias", bias),
                         .kind = data<uint8_t>(kind),
                         .logits = mutable_data<A>(logits),
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> route_backward(Tensor grad_x, const OptionalTensor& g
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const AlignedArray<A> w = weights<T>(op, "router_weight", router_weight, hidden);
+    const PaddedWeight<T> w(op, "router_weight", router_weight, hidden);
     const auto z = logit_gradient<A>(of_logits, of_gate, logits, kind, bounds, gate);
     const std::vector<int32_t> none(rows, -1);
     const Chunks chunks(rows);
@@ -153,7 +153,7 @@ std::tuple<Tensor, Tensor> route_backward(Tensor grad_x, const OptionalTensor& g
       const ReadersBackward<T> loop{.x = data<T>(x),
                                     .grad_logits = z.data(),
                                     .inverse = none.data(),
-                                    .router_weight = w.data(),
+                                    .router_weight = w.get(),
                                     .grad_x = mutable_data<T>(grad_x),
                                     .hidden = hidden,
                                     .router = sum.chunk(c)};

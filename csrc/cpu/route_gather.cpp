@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const AlignedArray<A> router = weights<T>(op, "router_weight", router_weight, hidden);
-    const AlignedArray<A> norm = weights<T>(op, "norm_weight", norm_weight, hidden);
+    const PaddedWeight<T> router(op, "router_weight", router_weight, hidden);
+    const PaddedWeight<T> norm(op, "norm_weight", norm_weight, hidden);
     const auto z = logit_gradient<A>(of_logits, of_gate, logits, kind, bounds, gate);
     const Chunks chunks(rows);
     ChunkedSum<T> router_sum(chunks, hidden), norm_sum(chunks, norm_weight ? hidden : 0);
@@ -90,8 +90,8 @@ std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
                                     .inverse = data<int32_t>(inverse),
                                     .index = data<int32_t>(index),
                                     .slots = slots,
-                                    .router_weight = router.data(),
-                                    .norm_weight = norm.data(),
+                                    .router_weight = router.get(),
+                                    .norm_weight = norm.get(),
                                     .grad_x = mutable_data<T>(grad_x),
                                     .overwrite = overwrite,
                                     .hidden = hidden,

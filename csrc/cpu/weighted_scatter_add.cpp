@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor> scatter(const char* op, const Arguments& a, const Opt
   dispatch_rows(op, "x", a.x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const AlignedArray<A> w = weights<T>(op, "next_weight", next_weight, a.hidden);
+    const PaddedWeight<T> w(op, "next_weight", next_weight, a.hidden);
     const bool in_place = target.const_data_ptr() == a.x.const_data_ptr();
     const WeightedScatterAdd<T> loop{.x = data<T>(a.x),
                                      .residual = data<T>(a.residual),
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> scatter(const char* op, const Arguments& a, const Opt
                                      .inverse = data<int32_t>(a.inverse),
                                      .kind = data<uint8_t>(a.kind),
                                      .out = mutable_data<T>(target),
-                                     .next_weight = w.data(),
+                                     .next_weight = w.get(),
                                      .next_bias = scalar<T>(op, "next_bias", next_bias),
                                      .next_logits = mutable_data<A>(next_logits),
                                      .hidden = a.hidden,
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_
   dispatch_rows(op, "x", a.x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
-    const AlignedArray<A> w = weights<T>(op, "router_weight", router_weight, a.hidden);
+    const PaddedWeight<T> w(op, "router_weight", router_weight, a.hidden);
     std::vector<A> slope, z;
     if (logits_arg) {
       slope = gate_slope<A>(vector(op, "logits", *logits_arg, acc, a.rows), router_gate);
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_
           .gate = data<A>(a.gate),
           .inverse = data<int32_t>(a.inverse),
           .kind = data<uint8_t>(a.kind),
-          .router_weight = w.data(),
+          .router_weight = w.get(),
           .slope = slope.data(),
           .grad_x = mutable_data<T>(grad_x),
           .grad_residual = write_residual ? mutable_data<T>(grad_residual) : nullptr,

@@ -24,7 +24,7 @@ std::vector<T> rounded(cpu::Isa isa, const std::vector<float>& floats) {
   float rstd = 0;
   const cpu::GatherRmsnorm<T> loop{.x = ones.data(),
                                    .index = &index,
-                                   .weight = blocks.data(),
+                                   .weight = {.blocks = blocks.data()},
                                    .eps = 0,
                                    .rows = out.data(),
                                    .rstd = &rstd,

@@ -12,9 +12,9 @@ Outputs<T> run_score(const Setting<T>& s, Flags /*flags*/) {
   Outputs<T> out;
   auto& logits = out.values["logits"];
   logits.resize(p.rows, value(quiet_nan<T>()));
-  const auto weight = s.arranged(p.router);
+  const auto weight = s.weight(p.router);
   const cpu::Score<T> loop{.x = p.x.data(),
-                           .weight = weight.data(),
+                           .weight = weight.get(),
                            .bias = p.bias,
                            .kind = p.kind.data(),
                            .logits = logits.data(),
@@ -115,10 +115,10 @@ Outputs<T> run_gather_rmsnorm(const Setting<T>& s, Flags /*flags*/) {
   auto& rows = out.rows["rows"] = Buffer<T>(p.slots * p.hidden, p.offset);
   auto& rstd = out.values["rstd"];
   rstd.resize(p.slots, value(quiet_nan<T>()));
-  const auto weight = s.arranged(p.norm);
+  const auto weight = s.weight(p.norm);
   const cpu::GatherRmsnorm<T> loop{.x = p.x.data(),
                                    .index = p.index.data(),
-                                   .weight = weight.data(),
+                                   .weight = weight.get(),
                                    .eps = p.eps,
                                    .rows = rows.data(),
                                    .rstd = rstd.data(),
@@ -150,11 +150,11 @@ Outputs<T> run_gather_add_rmsnorm(const Setting<T>& s, Flags /*flags*/) {
   auto& rows = out.rows["rows"] = Buffer<T>(p.slots * p.hidden, 3 * p.offset);
   auto& rstd = out.values["rstd"];
   rstd.resize(p.slots, value(quiet_nan<T>()));
-  const auto weight = s.arranged(p.norm);
+  const auto weight = s.weight(p.norm);
   const cpu::GatherAddRmsnorm<T> loop{.x = p.x.data(),
                                       .attn_out = p.attn_out.data(),
                                       .index = p.index.data(),
-                                      .weight = weight.data(),
+                                      .weight = weight.get(),
                                       .eps = p.eps,
                                       .residual = residual.data(),
                                       .rows = rows.data(),

@@ -67,7 +67,7 @@ Outputs<T> run_gather_add_rmsnorm_backward(const Setting<T>& s, Flags flags) {
   auto& grad_attn_out = out.rows["grad_attn_out"] = Buffer<T>(p.slots * p.hidden, p.offset);
   auto& grad_x = out.rows["grad_x"] = p.grad_x.clone();
   ParameterGradient<T> norm(s, p.slots, true);
-  const auto weight = s.arranged(p.norm);
+  const auto weight = s.weight(p.norm);
   s.for_chunks(p.slots, [&](int64_t c, int64_t begin, int64_t end) {
     const cpu::GatherAddRmsnormBackward<T> loop{
         .grad_residual = flags[kGradResidual] ? p.grad_residual.data() : nullptr,
@@ -75,7 +75,7 @@ Outputs<T> run_gather_add_rmsnorm_backward(const Setting<T>& s, Flags flags) {
         .grad_rows = flags[kGradRowsOfSum] ? p.grad_rows.data() : nullptr,
         .residual = p.residual.data(),
         .index = p.index.data(),
-        .weight = weight.data(),
+        .weight = weight.get(),
         .rstd = p.rstd.data(),
         .grad_attn_out = grad_attn_out.data(),
         .grad_x = flags[kGradX] ? grad_x.data() : nullptr,
@@ -137,7 +137,7 @@ Outputs<T> run_readers_backward(const Setting<T>& s, Flags flags) {
     if (p.kept(r)) std::fill_n(grad_x.data() + r * p.hidden, p.hidden, quiet_nan<T>());
   }
   ParameterGradient<T> router(s, count, flags[kLogits]), norm(s, count, flags[kNorm]);
-  const auto router_weight = s.arranged(p.router), norm_weight = s.arranged(p.norm);
+  const auto router_weight = s.weight(p.router), norm_weight = s.weight(p.norm);
   s.for_chunks(count, [&](int64_t c, int64_t begin, int64_t end) {
     const cpu::ReadersBackward<T> loop{
         .x = p.x.data(),
@@ -148,8 +148,8 @@ Outputs<T> run_readers_backward(const Setting<T>& s, Flags flags) {
         .inverse = flags[kByIndex] ? nullptr : p.inverse.data(),
         .index = p.index.data(),
         .slots = p.slots,
-        .router_weight = router_weight.data(),
-        .norm_weight = flags[kNorm] ? norm_weight.data() : nullptr,
+        .router_weight = router_weight.get(),
+        .norm_weight = flags[kNorm] ? norm_weight.get() : cpu::Weight<T>{},
         .grad_x = grad_x.data(),
         .overwrite = flags[kOverwrite],
         .hidden = p.hidden,

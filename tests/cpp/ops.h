@@ -35,6 +35,7 @@ struct Setting {
   bool streaming = false;
   int threads = 1;
   Cover cover = Cover::kAll;
+  bool packed_weights = true;
 
   // As many ranges as threads, one each.
   template <typename F>
@@ -68,10 +69,24 @@ struct Setting {
     });
   }
 
-  std::vector<A> arranged(const std::vector<A>& elements) const {
-    std::vector<A> blocks(elements.size());
-    loops.arrange(elements.data(), blocks.data(), static_cast<int64_t>(elements.size()));
-    return blocks;
+  // Owns what a loop reads of a weight, whose entries are those of some T.
+  struct OwnedWeight {
+    std::vector<T> packed;
+    std::vector<A> blocks;
+    cpu::Weight<T> get() const {
+      if (!packed.empty()) return {.packed = packed.data()};
+      return {.blocks = blocks.data()};
+    }
+  };
+  OwnedWeight weight(const std::vector<A>& elements) const {
+    OwnedWeight out;
+    if (packed_weights) {
+      for (const A element : elements) out.packed.push_back(nearest<T>(element));
+    } else {
+      out.blocks.resize(elements.size());
+      loops.arrange(elements.data(), out.blocks.data(), static_cast<int64_t>(elements.size()));
+    }
+    return out;
   }
 };
 

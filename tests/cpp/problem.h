@@ -41,7 +41,8 @@ struct Problem {
       rstd.push_back(index[s] < 0 ? A(0) : static_cast<A>(random_.uniform(0.5, 2)));
     }
     for (std::vector<A>* weight : {&router, &norm}) {
-      for (int64_t i = 0; i < hidden; ++i) weight->push_back(static_cast<A>(random_.normal()));
+      for (int64_t i = 0; i < hidden; ++i)
+        weight->push_back(static_cast<A>(value(nearest<T>(random_.normal()))));
       weight->resize(cpu::padded(hidden));
     }
     const auto is_padding = [&](int64_t r) { return kind[r] == kPadding; };

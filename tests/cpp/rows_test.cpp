@@ -119,6 +119,21 @@ TEST_CASE_TEMPLATE("stores past the cache change nothing", T, float, double, Bf1
   }
 }
 
+TEST_CASE_TEMPLATE("a weight gives the same bits in either form", T, float, double, Bf16, F16) {
+  for (const int64_t hidden : {65, 256}) {
+    const Problem<T> problem(43, hidden, 0);
+    for (const cpu::Isa isa : cpu::available_isas()) {
+      INFO("hidden ", hidden, " ", cpu::isa_name(isa));
+      for_variants<T>(false, [&](const Op<T>& op, Flags flags) {
+        Setting<T> setting{.loops = loops_of<T>(isa), .p = problem};
+        const Outputs<T> packed = op.run(setting, flags);
+        setting.packed_weights = false;
+        check_same(packed, op.run(setting, flags));
+      });
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("an empty range touches nothing", T, float, double, Bf16, F16) {
   const Problem<T> problem(43, 64, 0);
   for (const cpu::Isa isa : cpu::available_isas()) {
@@ -186,7 +201,7 @@ bool finite_with(cpu::Isa isa, double entry, uint8_t kind, int64_t i) {
                                         .inverse = inverse,
                                         .kind = kinds,
                                         .out = out.data(),
-                                        .next_weight = nullptr,
+                                        .next_weight = {},
                                         .next_bias = 0,
                                         .next_logits = nullptr,
                                         .hidden = kHidden,

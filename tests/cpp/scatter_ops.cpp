@@ -18,22 +18,23 @@ Outputs<T> run_weighted_scatter_add(const Setting<T>& s, Flags flags) {
       flags[kInPlace] ? p.x.clone() : Buffer<T>(p.rows * p.hidden, p.offset);
   auto& logits = out.values["next_logits"];
   logits.resize(flags[kScoreNext] ? p.rows : 0, value(quiet_nan<T>()));
-  const auto weight = s.arranged(p.router);
-  const cpu::WeightedScatterAdd<T> loop{.x = flags[kInPlace] ? rows.data() : p.x.data(),
-                                        .residual = p.residual.data(),
-                                        .update = p.update.data(),
-                                        .gate = p.gate.data(),
-                                        .inverse = p.inverse.data(),
-                                        .kind = p.kind.data(),
-                                        .out = rows.data(),
-                                        .next_weight = flags[kScoreNext] ? weight.data() : nullptr,
-                                        .next_bias = p.bias,
-                                        .next_logits = logits.data(),
-                                        .hidden = p.hidden,
-                                        .gate_mlp = flags[kGateMlp],
-                                        .scale_skipped = flags[kScaleSkipped],
-                                        .check_finite = flags[kCheckFinite],
-                                        .streaming = s.streaming && !flags[kInPlace]};
+  const auto weight = s.weight(p.router);
+  const cpu::WeightedScatterAdd<T> loop{
+      .x = flags[kInPlace] ? rows.data() : p.x.data(),
+      .residual = p.residual.data(),
+      .update = p.update.data(),
+      .gate = p.gate.data(),
+      .inverse = p.inverse.data(),
+      .kind = p.kind.data(),
+      .out = rows.data(),
+      .next_weight = flags[kScoreNext] ? weight.get() : cpu::Weight<T>{},
+      .next_bias = p.bias,
+      .next_logits = logits.data(),
+      .hidden = p.hidden,
+      .gate_mlp = flags[kGateMlp],
+      .scale_skipped = flags[kScaleSkipped],
+      .check_finite = flags[kCheckFinite],
+      .streaming = s.streaming && !flags[kInPlace]};
   std::atomic<bool> finite = true;
   s.for_ranges(p.rows, [&](int64_t begin, int64_t end) {
     if (!s.loops.weighted_scatter_add(loop, begin, end)) finite = false;
@@ -91,7 +92,7 @@ Outputs<T> run_weighted_scatter_add_backward(const Setting<T>& s, Flags flags) {
   auto& grad_gate = out.values["grad_gate"] = std::vector<A>(p.rows, unwritten);
   auto& grad_logits = out.values["grad_logits"] = std::vector<A>(p.rows, unwritten);
   ParameterGradient<T> router(s, p.rows, flags[kRouter]);
-  const auto weight = s.arranged(p.router);
+  const auto weight = s.weight(p.router);
   s.for_chunks(p.rows, [&](int64_t c, int64_t begin, int64_t end) {
     const cpu::WeightedScatterAddBackward<T> loop{
         .grad_out = p.grad_out.data(),
@@ -100,7 +101,7 @@ Outputs<T> run_weighted_scatter_add_backward(const Setting<T>& s, Flags flags) {
         .gate = p.gate.data(),
         .inverse = p.inverse.data(),
         .kind = p.kind.data(),
-        .router_weight = flags[kRouter] ? weight.data() : nullptr,
+        .router_weight = flags[kRouter] ? weight.get() : cpu::Weight<T>{},
         .slope = flags[kRouter] ? p.slope.data() : nullptr,
         .grad_x = grad_x.data(),
         .grad_residual = flags[kGradResidual] ? grad_residual.data() : nullptr,

@@ -27,13 +27,18 @@ PMOD_INLINE void for_blocks(int64_t size, const F& f) {
 }
 
 template <typename T>
-PMOD_INLINE Packed<T> read(const T* from, All /*lanes*/) {
-  PMOD_READ(from, kLanes * sizeof(T));
+PMOD_INLINE Packed<T> load_packed(const T* from) {
   Packed<T> out;
   for (int j = 0; j < kVectors<T>; ++j) {
     out.v[j] = load_vector<decltype(out.v[0] + out.v[0])>(from + j * kWidth<T>);
   }
   return out;
+}
+
+template <typename T>
+PMOD_INLINE Packed<T> read(const T* from, All /*lanes*/) {
+  PMOD_READ(from, kLanes * sizeof(T));
+  return load_packed(from);
 }
 
 // Lanes beyond the row are zero.
@@ -99,7 +104,7 @@ PMOD_INLINE Block<Acc<T>> load(const T* from, Lanes lanes) {
   return widen(read(from, lanes));
 }
 
-// Weights and sums: always whole blocks, in block order.
+// Sums, and weights in their type: always whole blocks, in block order.
 template <typename A>
 PMOD_INLINE Block<A> load_block(const A* from) {
   Block<A> out;
@@ -107,6 +112,12 @@ PMOD_INLINE Block<A> load_block(const A* from) {
     out.v[j] = load_vector<Vector<A>>(from + j * kWidth<A>);
   }
   return out;
+}
+
+template <typename T>
+PMOD_INLINE Block<Acc<T>> load_weight(const Weight<T>& weight, int64_t i) {
+  return weight.packed != nullptr ? widen(load_packed(weight.packed + i))
+                                  : load_block(weight.blocks + i);
 }
 
 template <typename A>

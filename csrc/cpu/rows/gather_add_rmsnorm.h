@@ -14,6 +14,7 @@ namespace pmod::cpu::PMOD_ISA {
 
 template <typename T>
 void gather_add_rmsnorm(const GatherAddRmsnorm<T>& a, int64_t begin, int64_t end) {
+  const Weight<T> weight = a.weight;
   for (int64_t s = begin; s < end; ++s) {
     const int64_t at = s * a.hidden;
     if (a.index[s] < 0) {
@@ -38,7 +39,7 @@ void gather_add_rmsnorm(const GatherAddRmsnorm<T>& a, int64_t begin, int64_t end
     for_blocks(a.hidden, [&](int64_t i, auto lanes) PMOD_INLINE_LAMBDA {
       prefetch(next + i);
       prefetch(attn + a.hidden + i);
-      const Packed<T> out = normalise<T>(widen(add(i, lanes)), rstd, load_block(a.weight + i));
+      const Packed<T> out = normalise<T>(widen(add(i, lanes)), rstd, load_weight(weight, i));
       write(a.rows + at + i, out, lanes, a.streaming);
     });
     a.rstd[s] = rstd;
@@ -52,16 +53,16 @@ template <typename T>
 struct NormBackward {
   const T* grad;
   const T* x;
-  const Acc<T>* weight;
+  Weight<T> weight;
   Acc<T> rstd, mean;
   Acc<T>* grad_weight;
 
-  PMOD_INLINE NormBackward(const T* grad_row, const T* row, const Acc<T>* norm_weight,
+  PMOD_INLINE NormBackward(const T* grad_row, const T* row, const Weight<T>& norm_weight,
                            Acc<T> row_rstd, Acc<T>* weight_sum, int64_t size)
       : grad(grad_row), x(row), weight(norm_weight), rstd(row_rstd), grad_weight(weight_sum) {
     Block<Acc<T>> projection{};
     for_blocks(size, [&](int64_t i, auto lanes) PMOD_INLINE_LAMBDA {
-      const Block<Acc<T>> g = load(grad + i, lanes) * load_block(weight + i);
+      const Block<Acc<T>> g = load(grad + i, lanes) * load_weight(weight, i);
       projection = projection + g * (rstd * load(x + i, lanes));
     });
     mean = sum<T>(projection) / static_cast<Acc<T>>(size);
@@ -73,7 +74,7 @@ struct NormBackward {
     const Block<Acc<T>> of_out = load(grad + i, lanes);
     const Block<Acc<T>> of_weight = of_out * widen(round_to<T>(normed));
     store_block(grad_weight + i, load_block(grad_weight + i) + of_weight);
-    return rstd * (of_out * load_block(weight + i) - mean * normed);
+    return rstd * (of_out * load_weight(weight, i) - mean * normed);
   }
 };
 

@@ -23,41 +23,27 @@ PMOD_INLINE Packed<T> normalise(const Block<Acc<T>>& x, Acc<T> rstd, const Block
 }
 
 template <typename T>
-PMOD_INLINE Block<Acc<T>> squares_of(const T* row, int64_t size) {
-  Block<Acc<T>> squares{};
-  for_blocks(size, [&](int64_t i, auto lanes) PMOD_INLINE_LAMBDA {
-    const Block<Acc<T>> x = load(row + i, lanes);
-    squares = squares + x * x;
-  });
-  return squares;
-}
-
-template <typename T>
 void gather_rmsnorm(const GatherRmsnorm<T>& a, int64_t begin, int64_t end) {
-  Block<Acc<T>> squares{};
-  bool summed = false;
+  const Weight<T> weight = a.weight;
   for (int64_t s = begin; s < end; ++s) {
     T* to = a.rows + s * a.hidden;
     if (a.index[s] < 0) {
       zero_row(to, a.hidden, a.streaming);
       a.rstd[s] = 0;
-      summed = false;
       continue;
     }
     const T* row = a.x + a.index[s] * a.hidden;
-    const Acc<T> rstd =
-        reciprocal_rms<T>(summed ? squares : squares_of(row, a.hidden), a.eps, a.hidden);
-    // the next row is summed while this one is written, so that memory never waits for arithmetic
-    summed = s + 1 < end && a.index[s + 1] >= 0;
-    const T* next = next_row(a.x, a.index, s, end, a.hidden);
-    const T* after = summed ? next_row(a.x, a.index, s + 1, end, a.hidden) : next;
-    squares = {};
+    Block<Acc<T>> squares{};
     for_blocks(a.hidden, [&](int64_t i, auto lanes) PMOD_INLINE_LAMBDA {
-      prefetch(after + i);
-      const Packed<T> out = normalise<T>(load(row + i, lanes), rstd, load_block(a.weight + i));
-      write(to + i, out, lanes, a.streaming);
-      const Block<Acc<T>> x = load(next + i, lanes);
+      const Block<Acc<T>> x = load(row + i, lanes);
       squares = squares + x * x;
+    });
+    const Acc<T> rstd = reciprocal_rms<T>(squares, a.eps, a.hidden);
+    const T* next = next_row(a.x, a.index, s, end, a.hidden);
+    for_blocks(a.hidden, [&](int64_t i, auto lanes) PMOD_INLINE_LAMBDA {
+      prefetch(next + i);
+      const Packed<T> out = normalise<T>(load(row + i, lanes), rstd, load_weight(weight, i));
+      write(to + i, out, lanes, a.streaming);
     });
     a.rstd[s] = rstd;
   }

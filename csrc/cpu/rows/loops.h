@@ -17,8 +17,19 @@ namespace pmod::cpu {
 constexpr int kLanes = 64;
 constexpr int kCacheLine = 64;
 
-// Weights and parameter sums fill whole blocks, and are kept in the order of RowLoops::arrange.
+// Parameter sums, and weights that are wider than rows, fill whole blocks, and are kept in the
+// order of RowLoops::arrange.
 constexpr int64_t padded(int64_t size) { return (size + kLanes - 1) / kLanes * kLanes; }
+
+// A weight, padded with zeros to whole blocks and aligned to a cache line: as rows are held, which
+// takes the least of the cache, or else in the type of sums, in block order. Neither: no weight.
+template <typename T>
+struct Weight {
+  const T* packed = nullptr;
+  const Acc<T>* blocks = nullptr;
+
+  explicit operator bool() const { return packed != nullptr || blocks != nullptr; }
+};
 
 // The gradient of a parameter, padded, over one range of rows: `block` adds up kBlockRows rows,
 // `total` the blocks. The loop sets both; what was in them does not matter.
@@ -32,7 +43,7 @@ constexpr int64_t kBlockRows = 8;  // more would lose precision, fewer time
 template <typename T>
 struct Score {
   const T* x;
-  const Acc<T>* weight;
+  Weight<T> weight;
   Acc<T> bias;
   const uint8_t* kind;
   Acc<T>* logits;  // 0 on rows that are not routable
@@ -61,7 +72,7 @@ template <typename T>
 struct GatherRmsnorm {
   const T* x;
   const int32_t* index;
-  const Acc<T>* weight;
+  Weight<T> weight;
   Acc<T> eps;
   T* rows;
   Acc<T>* rstd;
@@ -74,7 +85,7 @@ struct GatherAddRmsnorm {
   const T* x;
   const T* attn_out;
   const int32_t* index;
-  const Acc<T>* weight;
+  Weight<T> weight;
   Acc<T> eps;
   T* residual;
   T* rows;
@@ -90,7 +101,7 @@ struct GatherAddRmsnormBackward {
   const T* grad_rows;      // null: none came
   const T* residual;
   const int32_t* index;
-  const Acc<T>* weight;
+  Weight<T> weight;
   const Acc<T>* rstd;
   T* grad_attn_out;
   T* grad_x;  // null: the caller takes grad_attn_out for the gradient of the kept rows
@@ -110,8 +121,8 @@ struct ReadersBackward {
   const int32_t* inverse = nullptr;     // null: visit the rows of `index`
   const int32_t* index = nullptr;       // with grad_rows
   int64_t slots = 0;
-  const Acc<T>* router_weight = nullptr;
-  const Acc<T>* norm_weight = nullptr;  // null: the rows were copied
+  Weight<T> router_weight = {};
+  Weight<T> norm_weight = {};  // none: the rows were copied
   T* grad_x;
   bool overwrite = false;  // kept rows of grad_x hold nothing yet
   int64_t hidden;
@@ -127,8 +138,8 @@ struct WeightedScatterAdd {
   const Acc<T>* gate;
   const int32_t* inverse;
   const uint8_t* kind;
-  T* out;                     // x itself: in place
-  const Acc<T>* next_weight;  // null: do not score
+  T* out;                 // x itself: in place
+  Weight<T> next_weight;  // none: do not score
   Acc<T> next_bias;
   Acc<T>* next_logits;
   int64_t hidden;
@@ -143,8 +154,8 @@ struct WeightedScatterAddBackward {
   const Acc<T>* gate;
   const int32_t* inverse;
   const uint8_t* kind;
-  const Acc<T>* router_weight;  // null: the gate of skipped rows gets a gradient instead
-  const Acc<T>* slope;          // d gate / d logit of every row, with router_weight
+  Weight<T> router_weight;  // none: the gate of skipped rows gets a gradient instead
+  const Acc<T>* slope;      // d gate / d logit of every row, with router_weight
   T* grad_x;
   T* grad_residual;  // null: the caller reads grad_out in its place
   T* grad_update;

@@ -29,6 +29,7 @@ void restore(const Acc<T>* blocks, Acc<T>* elements, int64_t padded_size) {
 
 template <typename T>
 void score(const Score<T>& a, int64_t begin, int64_t end) {
+  const Weight<T> weight = a.weight;
   for (int64_t r = begin; r < end; ++r) {
     if (a.kind[r] != kRoutable) {
       a.logits[r] = 0;
@@ -39,7 +40,7 @@ void score(const Score<T>& a, int64_t begin, int64_t end) {
     Block<Acc<T>> dot{};
     for_blocks(a.hidden, [&](int64_t i, auto lanes) PMOD_INLINE_LAMBDA {
       prefetch(next + i);
-      dot = dot + load(row + i, lanes) * load_block(a.weight + i);
+      dot = dot + load(row + i, lanes) * load_weight(weight, i);
     });
     a.logits[r] = sum<T>(dot) + a.bias;
   }

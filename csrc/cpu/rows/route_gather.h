@@ -27,7 +27,7 @@ PMOD_INLINE void reader_backward_row(const ReadersBackward<T>& a, int64_t row, i
     if (z != 0) {
       Acc<T>* of_weight = a.router.block + i;
       store_block(of_weight, load_block(of_weight) + z * load(x + i, lanes));
-      grad = grad + z * load_block(a.router_weight + i);
+      grad = grad + z * load_weight(a.router_weight, i);
     }
     if (!fresh) grad = grad + load(to + i, lanes);
     write(to + i, round_to<T>(grad), lanes);

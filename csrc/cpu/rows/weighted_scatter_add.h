@@ -31,6 +31,7 @@ struct Sources {
 
 template <bool Score, bool Check, typename T>
 bool scatter_rows(const WeightedScatterAdd<T>& a, int64_t begin, int64_t end) {
+  const Weight<T> next_weight = a.next_weight;
   bool finite = true;
   for (int64_t r = begin; r < end; ++r) {
     const T* x = a.x + r * a.hidden;
@@ -43,7 +44,7 @@ bool scatter_rows(const WeightedScatterAdd<T>& a, int64_t begin, int64_t end) {
       next.prefetch_block(i);
       write(to + i, out, lanes, a.streaming);
       const Block<Acc<T>> v = widen(only(out, lanes));
-      if constexpr (Score) logit = logit + v * load_block(a.next_weight + i);
+      if constexpr (Score) logit = logit + v * load_weight(next_weight, i);
       if constexpr (Check) nan = nan + (v - v);  // 0 unless v is infinite or NaN
     };
     if (slot >= 0) {
@@ -125,7 +126,7 @@ PMOD_INLINE void skipped_row_backward(const WeightedScatterAddBackward<T>& a, in
   const Acc<T> z = a.slope[r] * of_gate;
   a.grad_logits[r] = z;
   for_blocks(a.hidden, [&](int64_t i, auto lanes) PMOD_INLINE_LAMBDA {
-    const Block<Acc<T>> of_x = g * load(grad + i, lanes) + z * load_block(a.router_weight + i);
+    const Block<Acc<T>> of_x = g * load(grad + i, lanes) + z * load_weight(a.router_weight, i);
     write(to + i, round_to<T>(of_x), lanes, a.streaming);
     Acc<T>* of_weight = a.router.block + i;
     store_block(of_weight, load_block(of_weight) + z * load(x + i, lanes));
