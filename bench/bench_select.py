@@ -45,7 +45,7 @@ def contest(p: Problem, logits: list[Tensor], peers: dict[str, Candidate]) -> Co
         routing = route(p.x, p.weight, p.bias, p.plan, LAYER, logits=scores)
         return routing.gate, routing.index
 
-    arguments = route_arguments("route", p.x, p.plan, LAYER, 0.2, 1.0, "tanh", "packed")
+    arguments, _ = route_arguments("route", p.x, p.plan, LAYER, 0.2, 1.0, "tanh", "packed")
     raw = in_turn(logits, lambda scores: torch.ops.pmod.select(scores, *arguments))
 
     return Contest(

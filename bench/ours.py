@@ -9,8 +9,6 @@ from inputs import EPS, Problem, Rows
 from torch import Tensor
 
 from pmod_ops import (
-    gather_rmsnorm,
-    route,
     route_gather,
     weighted_scatter_add,
     weighted_scatter_add_,
@@ -23,8 +21,9 @@ def chained(problem: Problem) -> Callable[[Rows], Any]:
     p, router = problem, (problem.weight, problem.bias)
 
     def ours(rows: Rows) -> tuple[Tensor, ...]:
-        routing = route(rows.x, *router, p.plan, LAYER, logits=p.logits)
-        kept = gather_rmsnorm(rows.x, routing, p.norm_weight, EPS)
+        routing, kept = route_gather(
+            rows.x, *router, p.plan, LAYER, p.norm_weight, EPS, logits=p.logits
+        )
         out, _ = weighted_scatter_add(
             rows.x, rows.residual, rows.update, routing, next_router=router
         )
@@ -38,8 +37,9 @@ def in_place(problem: Problem) -> Callable[[Rows], Any]:
     p, router = problem, (problem.weight, problem.bias)
 
     def ours(rows: Rows) -> tuple[Tensor, ...]:
-        routing = route(rows.scratch, *router, p.plan, LAYER, logits=p.logits)
-        kept = gather_rmsnorm(rows.scratch, routing, p.norm_weight, EPS)
+        routing, kept = route_gather(
+            rows.scratch, *router, p.plan, LAYER, p.norm_weight, EPS, logits=p.logits
+        )
         weighted_scatter_add_(rows.scratch, rows.residual, rows.update, routing, next_router=router)
         return routing.index, kept, rows.scratch.flatten(0, 1)
 

@@ -73,7 +73,7 @@ def check_vector(op: str, argument: str, weight: Any, x: Tensor) -> Tensor:
     check_tensor(op, argument, weight, dims=(1, 2), dtypes=dtypes, like=x)
     if tuple(weight.shape) not in ((hidden,), (1, hidden)):
         fail(op, argument, f"shape [{hidden}]", list(weight.shape))
-    return weight.reshape(hidden)
+    return weight if weight.dim() == 1 else weight.reshape(hidden)
 
 
 def check_bias(op: str, argument: str, bias: Any, x: Tensor) -> Tensor | None:
@@ -86,7 +86,7 @@ def check_bias(op: str, argument: str, bias: Any, x: Tensor) -> Tensor | None:
     check_tensor(op, argument, bias, dims=(0, 1), dtypes=dtypes, like=x)
     if bias.numel() != 1:
         fail(op, argument, "one element", f"shape {list(bias.shape)}")
-    return bias.reshape(1)
+    return bias if bias.dim() == 1 else bias.reshape(1)
 
 
 def check_eps(op: str, eps: Any) -> None:
@@ -131,4 +131,4 @@ def check_slots(op: str, argument: str, rows: Any, routing: Routing, x: Tensor) 
         shapes = [(slots, hidden), (1, slots, hidden)]
     if tuple(rows.shape) not in shapes:
         fail(op, argument, f"shape {list(shape)}", list(rows.shape))
-    return rows.reshape(-1, hidden)
+    return rows if rows.dim() == 2 else rows.reshape(-1, hidden)

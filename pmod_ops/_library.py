@@ -28,6 +28,23 @@ def fake(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.register_fake(f"pmod::{op}", lib=_LIB)
 
 
+def inference(op: str) -> Callable[..., Any]:
+    """`op` for calls that record no gradient.
+
+    The kernel that `autograd` registers is Python, and takes longer than the op itself does for
+    short rows, so it is passed over.
+    """
+    overload = getattr(torch.ops.pmod, op).default
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return overload(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # pyright: ignore[reportAttributeAccessIssue]
+            return overload(*args)
+
+    return call
+
+
 def autograd(
     op: str,
     setup: Callable[[Any, tuple[Any, ...], Any], None],
@@ -128,7 +145,7 @@ def refuse_double_backward(op: str) -> None:
 
 def flat(x: Tensor) -> Tensor:
     """[B, S, D] seen as [N, D]."""
-    return x.reshape(-1, x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 class GradientBuffer:

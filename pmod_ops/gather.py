@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from pmod_ops._checks import check_routing, check_rows, fail
-from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat
+from pmod_ops._library import (
+    GradientBuffer,
+    autograd,
+    chain,
+    define,
+    fake,
+    flat,
+    inference,
+)
 from pmod_ops.routing import Layout, Routing
 
 define("gather(Tensor x, Tensor index) -> Tensor")
@@ -42,6 +50,7 @@ def _backward(ctx: Any, grad_rows: Tensor | None, *, grad_x: Tensor | None = Non
 
 autograd("gather", _setup, _backward)
 _gather_chain = chain("gather", _setup, _backward)
+_gather = inference("gather")
 
 
 def gather(
@@ -71,7 +80,7 @@ def gather(
     if return_x and x.requires_grad:
         rows, x = _gather_chain(x, routing.index)
     else:
-        rows = torch.ops.pmod.gather(flat(x), routing.index)
+        rows = _gather(flat(x), routing.index)
     return results(routing.rows(rows), mask, x if return_x else None)
 
 

@@ -23,6 +23,7 @@ from pmod_ops._library import (
     define,
     fake,
     flat,
+    inference,
     refuse_double_backward,
 )
 from pmod_ops.gather import results
@@ -100,6 +101,7 @@ def _backward(
 
 autograd("gather_add_rmsnorm", _setup, _backward)
 _gather_add_rmsnorm_chain = chain("gather_add_rmsnorm", _setup, _backward)
+_gather_add_rmsnorm = inference("gather_add_rmsnorm")
 
 
 class _Carried(torch.autograd.Function):
@@ -178,7 +180,7 @@ def gather_add_rmsnorm(
     elif return_x and needs_grad(x, attn, weight):
         residual, rows, _rstd, x = _gather_add_rmsnorm_chain(x, *arguments)
     else:
-        residual, rows, _rstd = torch.ops.pmod.gather_add_rmsnorm(flat(x), *arguments)
+        residual, rows, _rstd = _gather_add_rmsnorm(flat(x), *arguments)
     residual, rows = residual.view(attn_out.shape), rows.view(attn_out.shape)
     if of_residual is not None:
         mark_residual(residual, of_residual, routing)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pmod_ops._checks import acc_dtype, check_eps, check_routing, check_rows, check_vector
-from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat
+from pmod_ops._library import GradientBuffer, autograd, chain, define, fake, flat, inference
 from pmod_ops.gather import as_layout, results
 from pmod_ops.routing import Layout, Routing
 
@@ -64,6 +64,7 @@ def _backward(
 
 autograd("gather_rmsnorm", _setup, _backward)
 _gather_rmsnorm_chain = chain("gather_rmsnorm", _setup, _backward)
+_gather_rmsnorm = inference("gather_rmsnorm")
 
 
 def gather_rmsnorm(
@@ -105,5 +106,5 @@ def gather_rmsnorm(
     if return_x and torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         rows, _rstd, x = _gather_rmsnorm_chain(x, routing.index, weight, eps)
     else:
-        rows, _rstd = torch.ops.pmod.gather_rmsnorm(flat(x), routing.index, weight, eps)
+        rows, _rstd = _gather_rmsnorm(flat(x), routing.index, weight, eps)
     return results(routing.rows(rows), mask, x if return_x else None)

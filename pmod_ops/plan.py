@@ -231,18 +231,25 @@ class RoutingPlan:
         """B."""
         return self.cu_seqlens.shape[0] - 1
 
+    def parts(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`k`, `cu_kept` and the padded `slot_start` of `layer`, as views that one op makes."""
+        batch = self.num_sequences
+        row = self.sizes.select(0, self._position(layer))
+        k, cu_kept, padded_start = row.split_with_sizes((self.num_pools, batch + 1, batch))
+        return k, cu_kept, padded_start
+
     def k(self, layer: int) -> Tensor:
         """int32 [P]: routable rows that `layer` keeps in each pool."""
-        return self._part(layer, 0, self.num_pools)
+        return self.parts(layer)[0]
 
     def cu_kept(self, layer: int) -> Tensor:
         """int32 [B + 1]: offsets of the kept rows of each sequence in the packed layout."""
-        return self._part(layer, self.num_pools, self.num_sequences + 1)
+        return self.parts(layer)[1]
 
     def slot_start(self, layer: int, layout: Layout = "packed") -> Tensor:
         """int32 [B]: the slot of the first kept row of each sequence in `layout`."""
-        after = 0 if layout == "packed" else self.num_sequences + 1
-        return self._part(layer, self.num_pools + after, self.num_sequences)
+        _, cu_kept, padded_start = self.parts(layer)
+        return cu_kept.narrow(0, 0, self.num_sequences) if layout == "packed" else padded_start
 
     def num_slots(self, layer: int, layout: Layout = "packed") -> int:
         """Slots of `layout`: the kept rows, plus fillers if padded."""
@@ -261,10 +268,6 @@ class RoutingPlan:
     def max_kept(self, layer: int) -> int:
         """Rows that `layer` keeps in the sequence that keeps most; 0 for an empty batch."""
         return max(self.kept_per_sequence(layer), default=0)
-
-    def _part(self, layer: int, start: int, length: int) -> Tensor:
-        # half the time that subscripts take
-        return self.sizes.select(0, self._position(layer)).narrow(0, start, length)
 
     def _position(self, layer: int) -> int:
         if layer not in self.layers:

@@ -27,6 +27,7 @@ from pmod_ops._library import (
     define,
     fake,
     flat,
+    inference,
     start_chain,
 )
 from pmod_ops.plan import RoutingPlan, check_plan
@@ -34,13 +35,14 @@ from pmod_ops.routing import Carry, Layout, RouterGradient, Routing
 
 ACTIVATIONS = ("none", "tanh", "sigmoid", "softmax")  # the integers the kernels know, in order
 
-_SELECT = (
+# What pmod::select, and the ops that contain it, take after the logits.
+SELECT = (
     "Tensor kind, Tensor cu_seqlens, Tensor? pool_id, Tensor k, Tensor slot_start,"
     " SymInt num_slots, float gate_scale, float gate_bias, int activation"
 )
 _GATE_BACKWARD = "Tensor logits, Tensor kind, Tensor cu_seqlens, float gate_scale, int activation"
 define(
-    f"route(Tensor x, Tensor router_weight, Tensor? router_bias, {_SELECT})"
+    f"route(Tensor x, Tensor router_weight, Tensor? router_bias, {SELECT})"
     " -> (Tensor logits, Tensor gate, Tensor index, Tensor inverse)"
 )
 define(
@@ -48,7 +50,7 @@ define(
     f" Tensor router_weight, {_GATE_BACKWARD})"
     " -> (Tensor grad_router_weight, Tensor grad_router_bias)"
 )
-define(f"select(Tensor logits, {_SELECT}) -> (Tensor gate, Tensor index, Tensor inverse)")
+define(f"select(Tensor logits, {SELECT}) -> (Tensor gate, Tensor index, Tensor inverse)")
 define(f"select_backward(Tensor grad_gate, {_GATE_BACKWARD}) -> Tensor")
 
 
@@ -123,6 +125,7 @@ def _backward(
 
 autograd("route", _setup, _backward)
 _route_chain = chain("route", _setup, _backward)
+_route = inference("route")
 
 
 def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -139,6 +142,7 @@ def _select_grad(ctx: Any, grad_gate: Tensor | None, grad_index: None, grad_inve
 
 
 autograd("select", _select_setup, _select_grad)
+_select = inference("select")
 
 
 def route(
@@ -184,13 +188,11 @@ def route(
         ValueError: a shape, a device, the plan, the layer or an option does not fit.
     """
     op = "route"
-    sizes = route_arguments(op, x, plan, layer, gate_scale, gate_bias, activation, layout)
+    sizes, cu_kept = route_arguments(op, x, plan, layer, gate_scale, gate_bias, activation, layout)
     if logits is not None:
-        check_tensor(
-            op, "logits", logits, shape=(plan.num_rows,), like=x, dtypes=(acc_dtype(x.dtype),)
-        )
-        gate, index, inverse = torch.ops.pmod.select(logits, *sizes)
-        routing = make_routing(plan, layer, layout, logits, gate, index, inverse)
+        check_logits(op, logits, x)
+        gate, index, inverse = _select(logits, *sizes)
+        routing = make_routing(plan, layer, layout, cu_kept, logits, gate, index, inverse)
         return results_with_x(routing, x if return_x else None)
     weight = check_vector(op, "router_weight", router_weight, x)
     bias = check_bias(op, "router_bias", router_bias, x)
@@ -199,8 +201,8 @@ def route(
         *routed, x = _route_chain(x, weight, bias, *sizes)
         router = fold_router(x, weight, bias, routed[0], routed[1], gate_scale, activation)
     else:
-        routed = torch.ops.pmod.route(flat(x), weight, bias, *sizes)
-    routing = make_routing(plan, layer, layout, *routed, router=router)
+        routed = _route(flat(x), weight, bias, *sizes)
+    routing = make_routing(plan, layer, layout, cu_kept, *routed, router=router)
     return results_with_x(routing, x if return_x else None)
 
 
@@ -213,8 +215,11 @@ def route_arguments(
     gate_bias: float,
     activation: str,
     layout: Layout,
-) -> tuple[Any, ...]:
-    """Check what route and route_gather share; return what `pmod::select` takes after logits."""
+) -> tuple[tuple[Any, ...], Tensor]:
+    """Check what route and route_gather share.
+
+    Returns what `pmod::select` takes after logits, and the offsets of the kept rows.
+    """
     check_rows(op, "x", x)
     check_plan(op, plan, x)
     for name, number in (("gate_scale", gate_scale), ("gate_bias", gate_bias)):
@@ -226,23 +231,33 @@ def route_arguments(
         fail(op, "layer", f"one of {list(plan.layers)}", layer)
     if layout not in ("packed", "padded"):
         fail(op, "layout", "'packed' or 'padded'", repr(layout))
-    return (
+    k, cu_kept, padded_start = plan.parts(layer)
+    packed = layout == "packed"
+    sizes = (
         plan.kind,
         plan.cu_seqlens,
         plan.pool_id,
-        plan.k(layer),
-        plan.slot_start(layer, layout),
+        k,
+        cu_kept.narrow(0, 0, plan.num_sequences) if packed else padded_start,
         plan.num_slots(layer, layout),
         float(gate_scale),
         float(gate_bias),
         ACTIVATIONS.index(activation),
     )
+    return sizes, cu_kept
+
+
+def check_logits(op: str, logits: Any, x: Tensor) -> None:
+    """Scores of the N rows of x, in the type that scores have."""
+    rows = x.numel() // x.shape[-1]
+    check_tensor(op, "logits", logits, shape=(rows,), like=x, dtypes=(acc_dtype(x.dtype),))
 
 
 def make_routing(
     plan: RoutingPlan,
     layer: int,
     layout: Layout,
+    cu_kept: Tensor,
     logits: Tensor,
     gate: Tensor,
     index: Tensor,
@@ -256,7 +271,7 @@ def make_routing(
         inverse=inverse,
         logits=logits,
         gate=gate,
-        cu_seqlens=plan.cu_kept(layer),
+        cu_seqlens=cu_kept,
         kind=plan.kind,
         num_sequences=plan.num_sequences,
         max_kept=plan.max_kept(layer),

@@ -16,6 +16,7 @@ from pmod_ops._library import (
     define,
     fake,
     flat,
+    inference,
     receiver,
     refuse_double_backward,
     start_chain,
@@ -24,7 +25,10 @@ from pmod_ops.gather import gather
 from pmod_ops.gather_rmsnorm import gather_rmsnorm
 from pmod_ops.plan import RoutingPlan
 from pmod_ops.route import (
+    SELECT,
     _route_fake,
+    _select_fake,
+    check_logits,
     fold_router,
     make_routing,
     needs_grad,
@@ -35,10 +39,13 @@ from pmod_ops.route import (
 from pmod_ops.routing import Carry, Layout
 
 define(
-    "route_gather(Tensor x, Tensor router_weight, Tensor? router_bias, Tensor kind,"
-    " Tensor cu_seqlens, Tensor? pool_id, Tensor k, Tensor slot_start, SymInt num_slots,"
-    " float gate_scale, float gate_bias, int activation, Tensor? norm_weight, float eps)"
+    f"route_gather(Tensor x, Tensor router_weight, Tensor? router_bias, {SELECT},"
+    " Tensor? norm_weight, float eps)"
     " -> (Tensor logits, Tensor gate, Tensor index, Tensor inverse, Tensor rows, Tensor rstd)"
+)
+define(
+    f"select_gather(Tensor x, Tensor logits, {SELECT}, Tensor? norm_weight, float eps)"
+    " -> (Tensor gate, Tensor rows, Tensor rstd, Tensor index, Tensor inverse)"
 )
 define(
     "route_gather_backward_(Tensor(a!) grad_x, Tensor? grad_logits, Tensor? grad_gate,"
@@ -69,9 +76,22 @@ def _route_gather_fake(
     routed = _route_fake(
         x, router_weight, router_bias, kind, cu_seqlens, pool_id, k, slot_start, num_slots
     )
+    return *routed, *_rows_fake(x, num_slots, norm_weight)
+
+
+def _rows_fake(x: Tensor, num_slots: int, norm_weight: Tensor | None) -> tuple[Tensor, Tensor]:
     rstd_slots = 0 if norm_weight is None else num_slots
     rstd = x.new_empty(rstd_slots, dtype=acc_dtype(x.dtype))
-    return *routed, x.new_empty(num_slots, x.shape[1]), rstd
+    return x.new_empty(num_slots, x.shape[1]), rstd
+
+
+@fake("select_gather")
+def _select_gather_fake(
+    x: Tensor, logits: Tensor, kind: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *select, norm_weight, _eps = rest
+    gate, index, inverse = _select_fake(logits, kind, *select)
+    return gate, *_rows_fake(x, index.shape[0], norm_weight), index, inverse
 
 
 @fake("route_gather_backward_")
@@ -142,6 +162,42 @@ def _run_backward(
 
 autograd("route_gather", _setup, _backward)
 _route_gather_chain = chain("route_gather", _setup, _backward)
+_route_gather = inference("route_gather")
+
+
+def _select_gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, logits, kind, cu_seqlens, *_rest, gate_scale, _bias, activation, norm_weight, _eps = inputs
+    _gate, _rows, rstd, index, _inverse = output
+    ctx.save_for_backward(x, logits, kind, cu_seqlens, index, norm_weight, rstd)
+    ctx.gate = (gate_scale, activation)
+
+
+def _select_gather_backward(
+    ctx: Any,
+    grad_gate: Tensor | None,
+    grad_rows: Tensor | None,
+    grad_rstd: None,
+    grad_index: None,
+    grad_inverse: None,
+) -> Any:
+    x, logits, kind, cu_seqlens, index, norm_weight, rstd = ctx.saved_tensors
+    grad_x = grad_logits = grad_norm = None
+    if grad_gate is not None:
+        rows = (logits, kind, cu_seqlens)
+        grad_logits = torch.ops.pmod.select_backward(grad_gate, *rows, *ctx.gate)
+    if grad_rows is not None:
+        grad_x = torch.zeros_like(x)
+        if norm_weight is None:
+            torch.ops.pmod.gather_backward_(grad_x, grad_rows, index, False)
+        else:
+            grad_norm = torch.ops.pmod.gather_rmsnorm_backward_(
+                grad_x, grad_rows, x, index, norm_weight, rstd, False
+            ).to(norm_weight.dtype)
+    return grad_x, grad_logits, *(None,) * 9, grad_norm, None
+
+
+autograd("select_gather", _select_gather_setup, _select_gather_backward)
+_select_gather = inference("select_gather")
 
 
 class _Carried(torch.autograd.Function):
@@ -222,24 +278,27 @@ def route_gather(
     """
     op = "route_gather"
     gate = {"gate_scale": gate_scale, "gate_bias": gate_bias, "activation": activation}
-    if logits is not None:
+    if logits is not None and return_x and needs_grad(x, logits, norm_weight):
         routing = route(
             x, router_weight, router_bias, plan, layer, logits=logits, layout=layout, **gate
         )
         if norm_weight is None:
-            out = gather(x, routing, return_x=return_x)
-        else:
-            out = gather_rmsnorm(x, routing, norm_weight, eps, return_x=return_x)
-        return (routing, *out) if return_x else (routing, out)
-    sizes = route_arguments(op, x, plan, layer, layout=layout, **gate)
+            return routing, *gather(x, routing, return_x=True)
+        return routing, *gather_rmsnorm(x, routing, norm_weight, eps, return_x=True)
+    sizes, cu_kept = route_arguments(op, x, plan, layer, layout=layout, **gate)
     check_eps(op, eps)
+    norm = None if norm_weight is None else check_vector(op, "norm_weight", norm_weight, x)
+    if logits is not None:
+        check_logits(op, logits, x)
+        weights, rows, _rstd, index, inverse = _select_gather(flat(x), logits, *sizes, norm, eps)
+        routing = make_routing(plan, layer, layout, cu_kept, logits, weights, index, inverse)
+        return results_with_x(routing, routing.rows(rows), x if return_x else None)
     weight = check_vector(op, "router_weight", router_weight, x)
     bias = check_bias(op, "router_bias", router_bias, x)
-    norm = None if norm_weight is None else check_vector(op, "norm_weight", norm_weight, x)
     router = carry = None
     arguments = (weight, bias, *sizes, norm, eps)
     if not (return_x and needs_grad(x, weight, bias, norm)):
-        *routed, rows, _rstd = torch.ops.pmod.route_gather(flat(x), *arguments)
+        *routed, rows, _rstd = _route_gather(flat(x), *arguments)
     elif torch.compiler.is_compiling():
         *routed, rows, _rstd, x = _route_gather_chain(x, *arguments)
     else:
@@ -247,5 +306,5 @@ def route_gather(
         scores, gates, index, inverse = routed
         carry = Carry(kept, skipped, index, inverse, start_chain(x), x._version)
         router = fold_router(x, weight, bias, scores, gates, gate_scale, activation)
-    routing = make_routing(plan, layer, layout, *routed, router=router, carry=carry)
+    routing = make_routing(plan, layer, layout, cu_kept, *routed, router=router, carry=carry)
     return results_with_x(routing, routing.rows(rows), x if return_x else None)

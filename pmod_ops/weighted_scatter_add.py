@@ -28,6 +28,7 @@ from pmod_ops._library import (
     fake,
     flat,
     hand_over,
+    inference,
     receiver,
     refuse_double_backward,
 )
@@ -126,6 +127,7 @@ def _backward(
 
 _NO_ROUTER = (None, None, 0.0, 0)
 autograd("weighted_scatter_add", _setup, _backward)
+_weighted_scatter_add = inference("weighted_scatter_add")
 
 
 class _Chain(torch.autograd.Function):
@@ -249,7 +251,7 @@ def weighted_scatter_add(
             autograd.
     """
     op = "weighted_scatter_add"
-    of_residual = rows_of_residual(residual, routing) if isinstance(routing, Routing) else None
+    given = residual
     residual, update = _check(op, x, residual, update, routing, finite)
     weight, bias = _check_next_router(op, next_router, x)
     tracked = needs_grad(x, residual, update, routing.gate)
@@ -260,13 +262,14 @@ def weighted_scatter_add(
         )
     flags = (gate_mlp, scale_skipped)
     if tracked and (return_x or routing.router is not None or routing.carry is not None):
+        of_residual = rows_of_residual(given, routing)
         out, chained, found = _weighted_scatter_add_chain(
             x, residual, update, routing, of_residual, flags, finite is not None
         )
         _note(finite, found)
         return results(out, chained if return_x else None)
     maps = (routing.gate, routing.inverse, routing.kind)
-    out, next_logits, found = torch.ops.pmod.weighted_scatter_add(
+    out, next_logits, found = _weighted_scatter_add(
         flat(x), residual, update, *maps, *flags, weight, bias, finite is not None
     )
     _note(finite, found)

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <optional>
@@ -63,6 +64,23 @@ inline ScalarType acc_type(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// torch::stable::contiguous and ::new_empty look their op up by name, a microsecond each.
+inline Tensor as_contiguous(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+// Not initialised, on the CPU.
+inline Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
+  AtenTensorHandle tensor = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      aoti_torch_device_type_cpu(), 0, &tensor));
+  return Tensor(tensor);
+}
+
 inline void check_cpu(const char* op, const char* argument, const Tensor& t) {
   check(t.is_cpu(), "pmod_ops.", op, ": ", argument, ": expected a CPU tensor");
 }
@@ -79,7 +97,7 @@ inline Tensor matrix(const char* op, const char* argument, const Tensor& t, Scal
   check(columns < 0 || t.size(1) == columns, "pmod_ops.", op, ": ", argument, ": expected ",
         columns, " columns, got ", t.size(1));
   check(t.size(1) >= 1, "pmod_ops.", op, ": ", argument, ": expected at least 1 column");
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 inline Tensor vector(const char* op, const char* argument, const Tensor& t, ScalarType type,
@@ -89,7 +107,7 @@ inline Tensor vector(const char* op, const char* argument, const Tensor& t, Scal
         ": expected ", size < 0 ? "1 dimension" : std::to_string(size) + " entries", ", got ",
         t.numel(), " entries in ", t.dim(), " dimension(s)");
   check(t.scalar_type() == type, "pmod_ops.", op, ": ", argument, ": got an unexpected dtype");
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 // A matrix shaped like `like`. It is written in place, so a contiguous copy would not do.
@@ -183,7 +201,7 @@ class PaddedWeight {
     check_cpu(op, argument, t);
     check(t.dim() == 1 && t.size(0) == size, "pmod_ops.", op, ": ", argument, ": expected ", size,
           " entries, got ", t.numel());
-    const Tensor flat = torch::stable::contiguous(t);
+    const Tensor flat = as_contiguous(t);
     if (dispatch_rows(op, argument, flat,
                       [](auto type) { return std::is_same_v<typename decltype(type)::T, T>; })) {
       packed_ = AlignedArray<T>(padded(size));

@@ -42,7 +42,7 @@ void for_sequences(const Tensor& cu_seqlens, const F& f) {
 Tensor gate_of(const Tensor& logits, const Tensor& kind, const Tensor& cu_seqlens,
                const Gate& gate) {
   const int64_t rows = logits.numel();
-  Tensor out = torch::stable::new_empty(logits, {rows}, logits.scalar_type());
+  Tensor out = allocate({rows}, logits.scalar_type());
   dispatch_rows("route", "logits", logits, [&](auto type) {
     using A = typename decltype(type)::A;
     const A* in = data<A>(logits);

@@ -10,7 +10,7 @@ namespace pmod::cpu {
 
 Tensor copy_rows(const char* op, const Tensor& x, const Tensor& index) {
   const int64_t slots = index.numel(), hidden = x.size(1);
-  Tensor rows = torch::stable::new_empty(x, {slots, hidden});
+  Tensor rows = allocate({slots, hidden}, x.scalar_type());
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     const Gather<T> loop{.x = data<T>(x),

@@ -24,9 +24,9 @@ std::tuple<Tensor, Tensor, Tensor> gather_add_rmsnorm(const Tensor& x_arg,
   const Tensor index = index_vector(op, "index", index_arg, -1, x.size(0));
   const int64_t slots = index.numel();
   const Tensor attn_out = matrix(op, "attn_out", attn_out_arg, x.scalar_type(), slots, hidden);
-  Tensor residual = torch::stable::new_empty(x, {slots, hidden});
-  Tensor rows = torch::stable::new_empty(x, {slots, hidden});
-  Tensor rstd = torch::stable::new_empty(x, {slots}, acc_type(x));
+  Tensor residual = allocate({slots, hidden}, x.scalar_type());
+  Tensor rows = allocate({slots, hidden}, x.scalar_type());
+  Tensor rstd = allocate({slots}, acc_type(x));
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
@@ -76,8 +76,8 @@ std::tuple<Tensor, Tensor> gather_add_rmsnorm_backward(
   }
   const Tensor index = index_vector(op, "index", index_arg, slots, rows);
   const Tensor rstd = vector(op, "rstd", rstd_arg, acc_type(residual), slots);
-  Tensor grad_attn_out = torch::stable::new_empty(residual, {slots, hidden});
-  Tensor grad_weight = torch::stable::new_empty(residual, {hidden}, acc_type(residual));
+  Tensor grad_attn_out = allocate({slots, hidden}, residual.scalar_type());
+  Tensor grad_weight = allocate({hidden}, acc_type(residual));
   dispatch_rows(op, "residual", residual, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;

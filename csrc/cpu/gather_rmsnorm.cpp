@@ -16,8 +16,8 @@ namespace pmod::cpu {
 std::tuple<Tensor, Tensor> normalise_rows(const char* op, const Tensor& x, const Tensor& index,
                                           const Tensor& norm_weight, double eps) {
   const int64_t slots = index.numel(), hidden = x.size(1);
-  Tensor rows = torch::stable::new_empty(x, {slots, hidden});
-  Tensor rstd = torch::stable::new_empty(x, {slots}, acc_type(x));
+  Tensor rows = allocate({slots, hidden}, x.scalar_type());
+  Tensor rstd = allocate({slots}, acc_type(x));
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
@@ -58,7 +58,7 @@ Tensor gather_rmsnorm_backward(Tensor grad_x, const Tensor& grad_rows_arg, const
   const Tensor grad_rows = matrix(op, "grad_rows", grad_rows_arg, x.scalar_type(), slots, hidden);
   const Tensor rstd = vector(op, "rstd", rstd_arg, acc_type(x), slots);
   check_mutable(op, "grad_x", grad_x, x);
-  Tensor grad_weight = torch::stable::new_empty(x, {hidden}, acc_type(x));
+  Tensor grad_weight = allocate({hidden}, acc_type(x));
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;

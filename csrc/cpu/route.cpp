@@ -56,7 +56,7 @@ Gate check_gate(const char* op, double scale, double bias, int64_t activation) {
 Tensor score(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
              const Tensor& kind) {
   const int64_t rows = x.size(0), hidden = x.size(1);
-  Tensor logits = torch::stable::new_empty(x, {rows}, acc_type(x));
+  Tensor logits = allocate({rows}, acc_type(x));
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
@@ -113,7 +113,7 @@ Tensor select_backward(const Tensor& grad_gate, const Tensor& logits_arg, const 
   const Tensor kind = check_kind(op, kind_arg, rows);
   const Tensor bounds = check_cu_seqlens(op, cu_seqlens, rows);
   const Gate gate = check_gate(op, gate_scale, 0, activation);
-  Tensor out = torch::stable::new_empty(logits, {rows}, logits.scalar_type());
+  Tensor out = allocate({rows}, logits.scalar_type());
   dispatch_rows(op, "logits", logits, [&](auto type) {
     using A = typename decltype(type)::A;
     const auto z = logit_gradient<A>(std::nullopt, grad, logits, kind, bounds, gate);
@@ -139,8 +139,8 @@ std::tuple<Tensor, Tensor> route_backward(Tensor grad_x, const OptionalTensor& g
   const Tensor kind = check_kind(op, kind_arg, rows);
   const Tensor bounds = check_cu_seqlens(op, cu_seqlens, rows);
   const Gate gate = check_gate(op, gate_scale, 0, activation);
-  Tensor grad_weight = torch::stable::new_empty(x, {hidden}, acc);
-  Tensor grad_bias = torch::stable::new_empty(x, {1}, acc);
+  Tensor grad_weight = allocate({hidden}, acc);
+  Tensor grad_bias = allocate({1}, acc);
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;

@@ -1,4 +1,4 @@
-// pmod::route_gather: reference.route_gather.
+// pmod::route_gather, and pmod::select_gather for scores that are there: reference.route_gather.
 //
 // Forward: score, select, then the norm (or a copy) of the kept rows. Backward visits each row of x
 // once: the gradient of the gathered row, if it was kept, of its logit, if that is not zero, and
@@ -20,6 +20,13 @@ namespace {
 
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// (rows, rstd): normalised if there is a weight, else copied, and no rstd.
+std::tuple<Tensor, Tensor> gather_rows(const char* op, const Tensor& x, const Tensor& index,
+                                       const OptionalTensor& norm_weight, double eps) {
+  if (norm_weight) return normalise_rows(op, x, index, *norm_weight, eps);
+  return {copy_rows(op, x, index), allocate({0}, acc_type(x))};
+}
+
 Outputs route_gather(const Tensor& x_arg, const Tensor& router_weight,
                      const OptionalTensor& router_bias, const Tensor& kind,
                      const Tensor& cu_seqlens, const OptionalTensor& pool_id, const Tensor& k,
@@ -33,12 +40,24 @@ Outputs route_gather(const Tensor& x_arg, const Tensor& router_weight,
   Tensor logits = score(op, x, router_weight, router_bias, plan.kind);
   auto [index, inverse] = select_rows(op, logits, plan);
   Tensor weight = gate_of(logits, plan.kind, plan.cu_seqlens, gate);
-  if (!norm_weight) {
-    Tensor none = torch::stable::new_empty(x, {0}, acc_type(x));
-    return {logits, weight, index, inverse, copy_rows(op, x, index), none};
-  }
-  auto [rows, rstd] = normalise_rows(op, x, index, *norm_weight, eps);
+  auto [rows, rstd] = gather_rows(op, x, index, norm_weight, eps);
   return {logits, weight, index, inverse, rows, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_gather(
+    const Tensor& x_arg, const Tensor& logits_arg, const Tensor& kind, const Tensor& cu_seqlens,
+    const OptionalTensor& pool_id, const Tensor& k, const Tensor& slot_start, int64_t num_slots,
+    double gate_scale, double gate_bias, int64_t activation, const OptionalTensor& norm_weight,
+    double eps) {
+  const char* op = "select_gather";
+  const Tensor x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
+  const Tensor logits = vector(op, "logits", logits_arg, acc_type(x), x.size(0));
+  const Plan plan = check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, x.size(0));
+  const Gate gate = check_gate(op, gate_scale, gate_bias, activation);
+  auto [index, inverse] = select_rows(op, logits, plan);
+  Tensor weight = gate_of(logits, plan.kind, plan.cu_seqlens, gate);
+  auto [rows, rstd] = gather_rows(op, x, index, norm_weight, eps);
+  return {weight, rows, rstd, index, inverse};
 }
 
 std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
@@ -70,9 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
   const Tensor inverse = index_vector(op, "inverse", inverse_arg, rows, slots);
   const Tensor rstd = vector(op, "rstd", rstd_arg, acc, norm_weight ? slots : 0);
   const Gate gate = check_gate(op, gate_scale, 0, activation);
-  Tensor grad_router = torch::stable::new_empty(x, {hidden}, acc);
-  Tensor grad_bias = torch::stable::new_empty(x, {1}, acc);
-  Tensor grad_norm = torch::stable::new_empty(x, {norm_weight ? hidden : 0}, acc);
+  Tensor grad_router = allocate({hidden}, acc);
+  Tensor grad_bias = allocate({1}, acc);
+  Tensor grad_norm = allocate({norm_weight ? hidden : 0}, acc);
   dispatch_rows(op, "x", x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;
@@ -111,5 +130,6 @@ std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(pmod, CPU, m) {
   m.impl("route_gather", TORCH_BOX(&pmod::cpu::route_gather));
+  m.impl("select_gather", TORCH_BOX(&pmod::cpu::select_gather));
   m.impl("route_gather_backward_", TORCH_BOX(&pmod::cpu::route_gather_backward));
 }

@@ -115,8 +115,8 @@ std::tuple<Tensor, Tensor> select_rows(const char* op, const Tensor& logits, con
           ": slot_start[", b, "]: expected room for ", kept[b], " rows in ", plan.num_slots,
           " slots, got ", start[b]);
   }
-  Tensor index = torch::stable::new_empty(plan.kind, {plan.num_slots}, ScalarType::Int);
-  Tensor inverse = torch::stable::new_empty(plan.kind, {plan.kind.numel()}, ScalarType::Int);
+  Tensor index = allocate({plan.num_slots}, ScalarType::Int);
+  Tensor inverse = allocate({plan.kind.numel()}, ScalarType::Int);
   int32_t* row_of = mutable_data<int32_t>(index);
   int32_t* slot_of = mutable_data<int32_t>(inverse);
   std::fill_n(row_of, plan.num_slots, -1);

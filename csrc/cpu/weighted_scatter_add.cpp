@@ -45,8 +45,8 @@ struct Options {
 std::tuple<Tensor, Tensor> scatter(const char* op, const Arguments& a, const Options& options,
                                    const OptionalTensor& next_weight,
                                    const OptionalTensor& next_bias, const Tensor& target) {
-  Tensor next_logits = torch::stable::new_empty(a.x, {next_weight ? a.rows : 0}, acc_type(a.x));
-  Tensor flag = torch::stable::new_empty(a.x, {options.check_finite ? 1 : 0}, ScalarType::Bool);
+  Tensor next_logits = allocate({next_weight ? a.rows : 0}, acc_type(a.x));
+  Tensor flag = allocate({options.check_finite ? 1 : 0}, ScalarType::Bool);
   std::atomic<bool> finite = true;
   dispatch_rows(op, "x", a.x, [&](auto type) {
     using T = typename decltype(type)::T;
@@ -84,7 +84,7 @@ std::tuple<Tensor, Tensor, Tensor> weighted_scatter_add(
   const Arguments a = check_arguments(op, x, residual, update, gate, inverse, kind);
   const Options options{
       .gate_mlp = gate_mlp, .scale_skipped = scale_skipped, .check_finite = check_finite};
-  Tensor out = torch::stable::new_empty(a.x, {a.rows, a.hidden});
+  Tensor out = allocate({a.rows, a.hidden}, a.x.scalar_type());
   auto [logits, finite] = scatter(op, a, options, next_weight, next_bias, out);
   return {out, logits, finite};
 }
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_
   check(router_weight.has_value() == logits_arg.has_value() &&
             router_gate.activation != Activation::kSoftmax,
         "pmod_ops.", op, ": router_weight: expected logits and a gate per row beside it");
-  const auto empty = [&](int64_t rows) { return torch::stable::new_empty(a.x, {rows, a.hidden}); };
+  const auto empty = [&](int64_t rows) { return allocate({rows, a.hidden}, a.x.scalar_type()); };
   // slots that hold no row (filler) are not visited
   const auto zeros = [&](int64_t rows) { return torch::stable::new_zeros(a.x, {rows, a.hidden}); };
   const bool filler = std::count_if(data<int32_t>(a.inverse), data<int32_t>(a.inverse) + a.rows,
@@ -124,9 +124,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_
   const int64_t written = write_residual ? a.slots : 0;
   Tensor grad_residual = filler ? zeros(written) : empty(written);
   Tensor grad_update = filler ? zeros(a.slots) : empty(a.slots);
-  Tensor grad_gate = torch::stable::new_empty(a.x, {a.rows}, acc);
-  Tensor grad_router = torch::stable::new_empty(a.x, {folded}, acc);
-  Tensor grad_bias = torch::stable::new_empty(a.x, {router_weight ? 1 : 0}, acc);
+  Tensor grad_gate = allocate({a.rows}, acc);
+  Tensor grad_router = allocate({folded}, acc);
+  Tensor grad_bias = allocate({router_weight ? 1 : 0}, acc);
   dispatch_rows(op, "x", a.x, [&](auto type) {
     using T = typename decltype(type)::T;
     using A = typename decltype(type)::A;

@@ -34,6 +34,9 @@ def raw(t, routing, case):
         calls.append((torch.ops.pmod.route_gather.default, arguments))
         with torch.no_grad():
             logits, gate, index, inverse, rows, rstd = torch.ops.pmod.route_gather(*arguments)
+        given = logits.clone().requires_grad_()
+        arguments = (leaves[0], given, *sizes(case), leaves[3], EPS)
+        calls.append((torch.ops.pmod.select_gather.default, arguments))
         saved = (t.x, t.router_weight, logits, case.plan.kind, case.plan.cu_seqlens, index, inverse)
         kept = rows.clone()
         for *grads, overwrite in (
@@ -131,15 +134,50 @@ def test_equals_its_two_halves_bitwise(sample, normed):
     torch.testing.assert_close(rows, apart, rtol=0, atol=0, equal_nan=True)
 
 
-def test_given_logits_are_used():
+def given(module, t, routing, case):
+    """The op for scores that are there: those of the routing, as a leaf."""
+    arguments = (case.plan, LAYER, t.norm_weight, EPS)
+    options = {"layout": case.sample.layout, **case.sample.gate}
+    if module is reference:  # for the rows that the op selected
+        own = reference.route(t.x, None, None, case.plan, LAYER, logits=t.gate, **case.sample.gate)
+        chosen = dataclasses.replace(routing, gate=own.gate)
+        return own.gate, reference.gather_rmsnorm(t.x, chosen, t.norm_weight, EPS)
+    chosen, rows = module.route_gather(t.x, None, None, *arguments, logits=t.gate, **options)
+    return chosen.gate, rows
+
+
+# The leaf `gate` serves as the scores: the gate itself is an output here.
+GIVEN = Op("select_gather", ("x", "gate", "norm_weight"), given, raw)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sample", checkable(TABLE), ids=str)
+def test_values_of_given_scores(sample, dtype):
+    check_values(GIVEN, sample, dtype)
+
+
+@pytest.mark.parametrize("sample", checkable(TABLE), ids=str)
+def test_gradcheck_of_given_scores(sample):
+    check_gradients(GIVEN, sample)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_given_logits_are_used(chained):
     case = TABLE[0].make()
     logits = -routing_of(case).logits
-    routing, rows = pmod_ops.route_gather(
-        case.x, case.router_weight, None, case.plan, LAYER, case.norm_weight, logits=logits
-    )
+    x = case.x.clone().requires_grad_(chained)
+    arguments = (x, case.router_weight, None, case.plan, LAYER, case.norm_weight)
+    routing, rows, passed = pmod_ops.route_gather(*arguments, logits=logits, return_x=True)
     index, _ = reference.select(logits, case.plan, LAYER)
+    assert routing.logits is logits
     assert torch.equal(routing.index, index)
     assert torch.equal(rows, pmod_ops.gather_rmsnorm(case.x, routing, case.norm_weight))
+    assert torch.equal(passed, case.x)
+    if chained:
+        (rows.sum() + passed.sum()).backward()
+        leaf = case.x.clone().requires_grad_()
+        (pmod_ops.gather_rmsnorm(leaf, routing, case.norm_weight).sum() + leaf.sum()).backward()
+        assert torch.equal(x.grad, leaf.grad)
 
 
 def test_batch_layout_is_the_same_memory():
