@@ -229,17 +229,24 @@ RoutedCacheLayer = RoutedDynamicLayer | RoutedStaticLayer
 
 
 def routed_cache_layer(
-    cache: Any, layer: int, context: RoutingContext, num_slots: int, num_tokens: int
+    cache: Any,
+    layer: int,
+    context: RoutingContext,
+    num_slots: int,
+    num_tokens: int,
+    *,
+    name: str = "cache",
 ) -> RoutedCacheLayer:
     """The cache of `layer`, turned into one that knows about dropped tokens.
 
     Raises:
-        ValueError: the cache is of a kind whose layers cannot differ in length.
+        ValueError: the cache, which the caller's argument `name` gave, is of a kind whose layers
+            cannot differ in length.
     """
     if not isinstance(cache, Cache) or not isinstance(getattr(cache, "layers", None), list):
-        _refuse("past_key_values", "a DynamicCache or StaticCache", cache)
+        _refuse(name, "a DynamicCache or StaticCache", cache)
     if cache.offloading:
-        _refuse("past_key_values", "a cache without offloading", cache)
+        _refuse(name, "a cache without offloading", cache)
     while cache.layer_class_to_replicate is not None and len(cache.layers) <= layer:
         cache.layers.append(cache.layer_class_to_replicate())
     own: Any = cache.layers[layer]
@@ -253,7 +260,7 @@ def routed_cache_layer(
         own.logical_max = own.max_cache_len
         own.dropped = torch.zeros_like(own.cumulative_length)
     elif kind not in (RoutedDynamicLayer, RoutedStaticLayer):
-        _refuse(f"past_key_values.layers[{layer}]", "a DynamicLayer or StaticLayer", own)
+        _refuse(f"{name}.layers[{layer}]", "a DynamicLayer or StaticLayer", own)
     if isinstance(own, RoutedStaticLayer) and not own.is_initialized:
         own.max_cache_len = own.logical_max - num_tokens + num_slots
     return own

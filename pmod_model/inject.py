@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import nn
 from transformers import PreTrainedModel
 
+from pmod_model.cache_name import cache_name
 from pmod_model.configuration import PModConfig
 from pmod_model.context import RoutingRecord
 from pmod_model.layer import DenseLayer, RoutedLayer
@@ -206,6 +207,8 @@ def _subclass(cls: type, mixin: type) -> type:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        # looked up once: torch.compile does not trace the inspection of a signature
+        "pmod_cache_name": cache_name(cls),
     }
     if issubclass(cls, PreTrainedModel):
         for name in ("forward", "prepare_inputs_for_generation"):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from pmod_model.cache import RoutedCacheLayer, routed_cache_layer
+from pmod_model.cache_name import find_cache
 from pmod_model.configuration import PModConfig
 from pmod_model.context import RoutingContext
 from pmod_model.router import Router, ZeroGradient
@@ -57,10 +58,12 @@ class RoutedLayer(_Base):
     Attributes:
         mod_router: the router.
         pmod_config: settings of the gate.
+        pmod_cache_name: see `pmod_model.cache_name`.
     """
 
     mod_router: Router
     pmod_config: PModConfig
+    pmod_cache_name: str
     self_attn: Any
     mlp: nn.Module
     input_layernorm: nn.Module
@@ -71,8 +74,7 @@ class RoutedLayer(_Base):
         hidden_states: Tensor,
         attention_mask: Any = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        position_embeddings: Any = None,
+        *,
         routing_context: RoutingContext | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -83,14 +85,10 @@ class RoutedLayer(_Base):
         """
         context = routing_context or RoutingContext(None, None)
         routed = context.plan is not None
-        kwargs |= {
-            "past_key_values": past_key_values,
-            "position_embeddings": position_embeddings,
-        }
         if routed:
             return self.route_tokens(hidden_states, context, **kwargs)
         num_tokens = hidden_states.shape[1]
-        cache = self._own_cache(past_key_values, context, num_tokens, num_tokens)
+        cache = self._own_cache(kwargs, context, num_tokens, num_tokens)
         keys = _announce(cache, hidden_states, context.valid)
         if cache is not None and cache.is_routed:
             # model-wide masks count all tokens seen, so they fit only while none was dropped
@@ -107,7 +105,6 @@ class RoutedLayer(_Base):
         x: Tensor,
         context: RoutingContext,
         *,
-        past_key_values: Any = None,
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -135,7 +132,7 @@ class RoutedLayer(_Base):
             context.record.add(layer, routing)
         ragged = len(set(plan.kept_per_sequence(layer))) > 1
         num_slots = rows.shape[1]
-        cache = self._own_cache(past_key_values, context, num_slots, x.shape[1])
+        cache = self._own_cache(kwargs, context, num_slots, x.shape[1])
         mask = self._mask(rows, *_announce(cache, rows, routing.mask if ragged else None))
         if cache is not None:
             cache.drop(num_slots, plan.kind.view(x.shape[:2]))
@@ -146,7 +143,6 @@ class RoutedLayer(_Base):
             hidden_states=rows if norm is not None else self.input_layernorm(rows),
             attention_mask=mask,
             position_ids=None,
-            past_key_values=past_key_values,
             position_embeddings=gather_positions(position_embeddings, routing, x.shape[1]),
             **kwargs,
         )[0]
@@ -199,12 +195,14 @@ class RoutedLayer(_Base):
         return branch
 
     def _own_cache(
-        self, past_key_values: Any, context: RoutingContext, num_slots: int, num_tokens: int
+        self, arguments: dict[str, Any], context: RoutingContext, num_slots: int, num_tokens: int
     ) -> RoutedCacheLayer | None:
-        if past_key_values is None:
+        name = self.pmod_cache_name
+        cache = find_cache(arguments, name)
+        if cache is None:
             return None
         layer = self.self_attn.layer_idx
-        return routed_cache_layer(past_key_values, layer, context, num_slots, num_tokens)
+        return routed_cache_layer(cache, layer, context, num_slots, num_tokens, name=name)
 
     def _mask(self, rows: Tensor, past: Any, total: int, valid: Tensor | None) -> Any:
         """The causal mask of `rows` [B, slots, D] after `past` keys, over `total` keys."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from pmod_model.cache_name import find_cache
 from pmod_model.configuration import PModConfig
 from pmod_model.context import RoutingRecord, make_context
 from pmod_model.router import Router
@@ -31,11 +32,13 @@ class DecoderModel(_Base):
         pmod_config: the settings.
         pmod_ratios: retention ratio of every routed layer.
         pmod_tokens_per_image: see `pmod_model.targets.tokens_per_image`.
+        pmod_cache_name: see `pmod_model.cache_name`.
     """
 
     pmod_config: PModConfig
     pmod_ratios: Mapping[int, float]
     pmod_tokens_per_image: int | None
+    pmod_cache_name: str
 
     def forward(
         self,
@@ -73,7 +76,8 @@ class DecoderModel(_Base):
                 raise ValueError(f"{name}: expected None with target_mask, got a packed batch")
         use_cache = inputs.get("use_cache")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        cached = inputs.get("past_key_values") is not None or (use_cache and not self.training)
+        cached = find_cache(inputs, self.pmod_cache_name) is not None
+        cached = cached or (use_cache and not self.training)
         positions: Any = inputs.get("position_ids")
         if cached or inputs.get("attention_mask") is not None or getattr(positions, "ndim", 0) != 2:
             return
@@ -95,12 +99,14 @@ class MultimodalModel(_Base):
     """Mixed into the model that owns the decoder: derives the target mask from the inputs."""
 
     pmod_config: PModConfig
+    pmod_cache_name: str
 
     def forward(self, *args: Any, target_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """The backbone's forward; a missing `target_mask` [B, S] is derived from the inputs."""
         inputs = by_name(super().forward, args, kwargs)
         if target_mask is None:
-            target_mask = derive_target_mask(self.config, self.pmod_config, inputs)
+            cache = find_cache(inputs, self.pmod_cache_name)
+            target_mask = derive_target_mask(self.config, self.pmod_config, inputs, cache)
         if target_mask is not None:
             inputs["target_mask"] = target_mask
         return super().forward(**inputs)
@@ -110,6 +116,7 @@ class GenerativeModel(_Base):
     """Mixed into the model with the head: `forward` and `generate` accept `target_mask`."""
 
     pmod_config: PModConfig
+    pmod_cache_name: str
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, *args: Any, target_mask: Tensor | None = None, **kwargs: Any
@@ -126,7 +133,7 @@ class GenerativeModel(_Base):
             ones = torch.ones(batch, length, dtype=torch.bool, device=input_ids.device)
             inputs["valid_mask"] = ones if valid is None else valid
         if target_mask is not None and (length > 1 or kwargs.get("is_first_iteration")):
-            cache = inputs.get("past_key_values")
+            cache = find_cache(inputs, self.pmod_cache_name)
             past = 0 if cache is None else int(cache.get_seq_length())
             # a chunk of the prompt, the prompt again without a cache, or guesses after it
             if past < target_mask.shape[1]:

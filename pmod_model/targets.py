@@ -37,12 +37,12 @@ def has_high_resolution(model_config: Any) -> bool:
 
 
 def derive_target_mask(
-    model_config: Any, config: PModConfig, inputs: Mapping[str, Any]
+    model_config: Any, config: PModConfig, inputs: Mapping[str, Any], cache: Any
 ) -> Tensor | None:
     """The mask, bool [B, S], from the inputs of a multimodal model; None = nothing competes.
 
-    A single token, and tokens that follow a cached prompt without new images, are being decoded and
-    never routed. With `target_tokens="all"`, every token competes if the batch holds an image,
+    A single token, and tokens that follow a prompt in `cache` without new images, are being decoded
+    and never routed. With `target_tokens="all"`, every token competes if the batch holds an image,
     text-only sequences included, as in the authors' code.
 
     Raises:
@@ -51,7 +51,7 @@ def derive_target_mask(
     token_ids = vision_token_ids(model_config)
     if not token_ids:
         return None
-    input_ids, cache = inputs.get("input_ids"), inputs.get("past_key_values")
+    input_ids = inputs.get("input_ids")
     has_vision = any(_is_vision(name, value) for name, value in inputs.items())
     if input_ids is None:
         if has_vision:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from pmod_model.cache_name import cache_name
 from pmod_model.configuration import PModConfig
 from pmod_model.flops import DecoderSize, attention_flops, kept_per_layer, kv_bytes, linear_flops
 from pmod_model.schedule import layer_ratios
@@ -101,5 +102,5 @@ def time_prefills(models: list[PreTrainedModel], inputs: dict[str, Tensor]) -> l
 def _prefill(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Any:
     with torch.inference_mode():
         cache = DynamicCache(config=model.config.get_text_config())
-        model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(**inputs, **{cache_name(model): cache}, use_cache=True, logits_to_keep=1)
     return cache

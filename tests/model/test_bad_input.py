@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.caches import CACHE
 from transformers import (
     BertConfig,
     BertModel,
@@ -138,11 +139,9 @@ def test_caches_of_one_length_for_all_layers_are_refused(make_llama: Callable[..
     ids, target = tokens()
     cache = DynamicCache(config=model.config)
     cache.layers[1] = DynamicSlidingWindowLayer(sliding_window=8)
-    message = (
-        r"past_key_values.layers\[1\]: expected a DynamicLayer or StaticLayer, got DynamicSliding"
-    )
+    message = rf"{CACHE}.layers\[1\]: expected a DynamicLayer or StaticLayer, got DynamicSliding"
     with pytest.raises(ValueError, match=message):
-        model(ids, target_mask=target, past_key_values=cache)
+        model(ids, target_mask=target, **{CACHE: cache})
 
 
 def test_images_with_embeddings_need_a_mask(make_llava: Callable[..., Any]) -> None:

@@ -114,11 +114,9 @@ def test_a_filled_plain_cache_is_taken_over_with_its_padding() -> None:
 
 
 def test_caches_that_cannot_shrink_are_refused(make_llama: Callable[..., Any]) -> None:
-    with pytest.raises(
-        ValueError, match="past_key_values: expected a DynamicCache or StaticCache, got tup"
-    ):
+    with pytest.raises(ValueError, match="cache: expected a DynamicCache or StaticCache, got tup"):
         routed_cache_layer((), 0, NOTHING, 1, 1)
     offloaded = StaticCache(make_llama().config, max_cache_len=8)
     offloaded.offloading = True
-    with pytest.raises(ValueError, match="past_key_values: expected a cache without offloading"):
-        routed_cache_layer(offloaded, 0, NOTHING, 1, 1)
+    with pytest.raises(ValueError, match="kv: expected a cache without offloading"):
+        routed_cache_layer(offloaded, 0, NOTHING, 1, 1, name="kv")

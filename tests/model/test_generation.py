@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.caches import CACHE, cache_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
@@ -67,8 +68,8 @@ def test_prefill_of_a_ragged_batch(
         max(int(mask[b].sum()) + int((valid & (ids != IMAGE))[b].sum()) for b in range(3))
         for mask in kept.values()
     ]
-    assert lengths(out.past_key_values) == [ids.shape[1], *longest]
-    assert {layer.get_seq_length() for layer in out.past_key_values.layers} == {ids.shape[1]}
+    assert lengths(cache_of(out)) == [ids.shape[1], *longest]
+    assert {layer.get_seq_length() for layer in cache_of(out).layers} == {ids.shape[1]}
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -80,8 +81,8 @@ def test_greedy_generation_of_a_ragged_batch(
     out = generate(model, ragged_batch)
     assert torch.equal(out.sequences, expected)
     # 36 tokens, of which 32 in two images: 4 + 16, 4 + 8, 6 + 1 (text row), then 9 decoded ones
-    assert lengths(out.past_key_values) == [45, 29, 21, 16]
-    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [45] * 4
+    assert lengths(cache_of(out)) == [45, 29, 21, 16]
+    assert [layer.get_seq_length() for layer in cache_of(out).layers] == [45] * 4
     assert torch.equal(generate(model, ragged_batch, use_cache=False).sequences, expected)
 
 
@@ -91,11 +92,11 @@ def test_static_cache_generates_the_same_and_is_smaller(
     model = make_llava()
     out = generate(model, ragged_batch, cache_implementation="static", disable_compile=True)
     assert torch.equal(out.sequences, oracle(model).greedy(ragged_batch, STEPS))
-    assert type(out.past_key_values) is StaticCache
+    assert type(cache_of(out)) is StaticCache
     prompt = ragged_batch["input_ids"].shape[1]
-    static: Any = out.past_key_values.layers[0]
+    static: Any = cache_of(out).layers[0]
     capacity = static.max_cache_len
-    assert lengths(out.past_key_values) == [capacity - prompt + kept for kept in (36, 20, 12, 7)]
+    assert lengths(cache_of(out)) == [capacity - prompt + kept for kept in (36, 20, 12, 7)]
 
 
 def test_static_cache_is_reusable_after_reset(
@@ -103,7 +104,7 @@ def test_static_cache_is_reusable_after_reset(
 ) -> None:
     model = make_llava()
     cache = StaticCache(model.config, max_cache_len=64)
-    options = {"past_key_values": cache, "disable_compile": True}
+    options = {CACHE: cache, "disable_compile": True}
     first = generate(model, one_image_each, **options).sequences
     cache.reset()
     assert cache.get_seq_length() == 0
@@ -121,7 +122,7 @@ def test_a_row_of_a_batch_equals_a_batch_of_one(
             del alone["pixel_values"]
         out = generate(model, alone)
         assert torch.equal(out.sequences[0, -STEPS:], together[index])
-        dropped = len(set(lengths(out.past_key_values))) > 1
+        dropped = len(set(lengths(cache_of(out)))) > 1
         assert dropped == (index < 2)
 
 
@@ -132,7 +133,7 @@ def test_routing_in_the_first_layer(
     expected = oracle(model).greedy(ragged_batch, STEPS)
     out = generate(model, ragged_batch)
     assert torch.equal(out.sequences, expected)
-    assert lengths(out.past_key_values) == [29, 21, 45, 16]
+    assert lengths(cache_of(out)) == [29, 21, 45, 16]
     static = generate(model, ragged_batch, cache_implementation="static", disable_compile=True)
     assert torch.equal(static.sequences, expected)
 
@@ -145,7 +146,7 @@ def test_no_and_every_image_token_kept(
     out = generate(model, one_image_each)
     assert torch.equal(out.sequences, oracle(model).greedy(one_image_each, STEPS))
     text = [6 + int(16 * ratio)] * 3
-    assert lengths(out.past_key_values) == [22 + STEPS - 1, *(n + STEPS - 1 for n in text)]
+    assert lengths(cache_of(out)) == [22 + STEPS - 1, *(n + STEPS - 1 for n in text)]
 
 
 def test_every_token_skipped(make_llama: Callable[..., Any], oracle: Any) -> None:
@@ -156,7 +157,7 @@ def test_every_token_skipped(make_llama: Callable[..., Any], oracle: Any) -> Non
         out = model(ids, target_mask=target)
         expected, _ = oracle(model)(oracle(model).embed(ids), target)
     torch.testing.assert_close(out.logits, expected, **CLOSE)
-    assert [layer.get_seq_length() for layer in out.past_key_values.layers] == [8] * 4
+    assert [layer.get_seq_length() for layer in cache_of(out).layers] == [8] * 4
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_search_with_a_cache_equals_search_without(
         torch.manual_seed(3)
         results.append(generate(model, one_image_each, use_cache=use_cache, **options))
     assert torch.equal(results[0].sequences, results[1].sequences)
-    assert lengths(results[0].past_key_values)[1:] < lengths(results[0].past_key_values)[:-1]
+    assert lengths(cache_of(results[0]))[1:] < lengths(cache_of(results[0]))[:-1]
 
 
 def test_prompt_lookup_crops_the_cache(
@@ -207,7 +208,7 @@ def test_text_only_and_padded_prompts_are_dense(make_llava: Callable[..., Any]) 
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     out = generate(model, inputs)
     assert torch.equal(out.sequences, generate(model, inputs, use_cache=False).sequences)
-    assert lengths(out.past_key_values) == [3 + STEPS - 1] * 4
+    assert lengths(cache_of(out)) == [3 + STEPS - 1] * 4
 
 
 def test_a_target_mask_is_dropped_after_the_prompt(make_llama: Callable[..., Any]) -> None:
@@ -219,8 +220,8 @@ def test_a_target_mask_is_dropped_after_the_prompt(make_llama: Callable[..., Any
     embeddings = model.get_input_embeddings()(ids)
     same = generate(model, {"inputs_embeds": embeddings, "target_mask": target})
     assert torch.equal(out.sequences[:, 12:], same.sequences)
-    assert lengths(out.past_key_values) == [21, 17, 15, 13]
-    assert lengths(same.past_key_values) == [21, 17, 15, 13]
+    assert lengths(cache_of(out)) == [21, 17, 15, 13]
+    assert lengths(cache_of(same)) == [21, 17, 15, 13]
 
 
 def test_image_pools_have_budgets_of_their_own(
@@ -270,7 +271,7 @@ def test_layers_never_wait_for_the_device(
         layer.register_forward_hook(waits.leave_layer)
     with torch.no_grad(), waits:
         out = model(ids, attention_mask=mask, target_mask=ids == IMAGE)
-        model(ids[:, -1:], past_key_values=out.past_key_values)
+        model(ids[:, -1:], **{CACHE: cache_of(out)})
     assert waits.layers == 8
     assert waits.seen == []
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.caches import CACHE, cache_of
 from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
@@ -93,12 +94,12 @@ def test_backbones_decode_what_they_would_prefill(cls: Any, config: Any) -> None
     ids, target = tokens()
     with torch.no_grad(), record_routing(model) as records:
         out = model(ids, target_mask=target)
-        step = model(ids[:, -1:], past_key_values=out.past_key_values).logits[:, -1]
+        step = model(ids[:, -1:], **{CACHE: cache_of(out)}).logits[:, -1]
         longer = torch.cat((ids, ids[:, -1:]), 1)
         padded = torch.nn.functional.pad(target, (0, 1))
         whole = model(longer, target_mask=padded, use_cache=False).logits[:, -1]
     torch.testing.assert_close(step, whole, atol=1e-4, rtol=1e-4)
-    lengths = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
+    lengths = [layer.keys.shape[-2] for layer in cache_of(out).layers]
     # rows keep 4 + 8 and 12 + 4, 4 + 4 and 12 + 2, 4 + 1 and 12 + 0; one token was decoded
     assert lengths == [21, 17, 15, 13]
     assert [int(kept.sum()) for kept in records[0].kept.values()] == [12, 6, 1]
@@ -177,7 +178,7 @@ def test_qwen_vl_with_its_three_dimensional_positions() -> None:
     assert torch.equal(
         out.sequences, model.generate(**inputs, **options, use_cache=False).sequences
     )
-    assert [layer.keys.shape[-2] for layer in out.past_key_values.layers] == [19, 15, 13, 11]
+    assert [layer.keys.shape[-2] for layer in cache_of(out).layers] == [19, 15, 13, 11]
     assert torch.equal(records[0].target_mask, inputs["input_ids"] == 120)
     for index in range(2):
         alone = {name: inputs[name][[index]] for name in inputs if name != "pixel_values"}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.caches import CACHE
 from model.test_inject import qwen_vl, randomise_routers
 from torch import Tensor
 from transformers import DynamicCache
@@ -33,7 +34,7 @@ def second_turn(make_llava: Callable[..., Any], batch: dict[str, Tensor]) -> lis
     cache: Any = DynamicCache(config=model.config)
     turns = torch.tensor([[5, *IMAGE, 6]]), torch.tensor([[7, *IMAGE, 8]])
     pixels = batch["pixel_values"][:1]
-    return [model(ids, pixel_values=pixels, past_key_values=cache).logits for ids in turns]
+    return [model(ids, pixel_values=pixels, **{CACHE: cache}).logits for ids in turns]
 
 
 def multimodal_rope(make_llava: Callable[..., Any], batch: dict[str, Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.caches import cache_of
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -142,7 +143,7 @@ def test_greedy_tokens_and_cache_lengths(case: Case) -> None:
         "target_mask": case.target[row, valid][None],
     }
     with torch.no_grad():
-        prefill = case.model(**prompt).past_key_values
+        prefill = cache_of(case.model(**prompt))
     out = case.model.generate(
         **prompt, **common, max_new_tokens=steps, return_dict_in_generate=True, output_logits=True
     )
@@ -151,11 +152,11 @@ def test_greedy_tokens_and_cache_lengths(case: Case) -> None:
     prompt_length = int(valid.sum())
     for cache, new, lengths in (
         (prefill, 0, official["kv_len_prefill"]),
-        (out.past_key_values, steps - 1, official["kv_len_final"]),
+        (cache_of(out), steps - 1, official["kv_len_final"]),
     ):
         assert [own.keys.shape[-2] for own in cache.layers] == lengths.tolist()
         assert {own.get_seq_length() for own in cache.layers} == {prompt_length + new}
-    for i, own in enumerate(out.past_key_values.layers):
+    for i, own in enumerate(cache_of(out).layers):
         assert_close(own.keys, official[f"final_kv.{i}.k"], f"keys of layer {i}")
         assert_close(own.values, official[f"final_kv.{i}.v"], f"values of layer {i}")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from model.caches import CACHE, cache_of
 from transformers import DynamicCache, LlavaConfig
 
 from pmod_model import record_routing
@@ -34,13 +35,11 @@ def test_a_second_turn_continues_a_kept_cache(
     first = generate(model, inputs, steps=4)
     ids = torch.cat((first.sequences, torch.tensor([[33, 34, 35]])), 1)
     mask = torch.ones_like(ids)
-    kept = generate(
-        model, {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
-    )
+    kept = generate(model, {"input_ids": ids, "attention_mask": mask, CACHE: cache_of(first)})
     anew = {"input_ids": ids, "attention_mask": mask, "pixel_values": inputs["pixel_values"]}
     assert torch.equal(kept.sequences, generate(model, anew, use_cache=False).sequences)
     # 20 prompt tokens of which 16 image tokens, 4 + 3 + 9 after them
-    assert lengths(kept.past_key_values) == [36, 28, 24, 21]
+    assert lengths(cache_of(kept)) == [36, 28, 24, 21]
 
 
 def test_an_image_in_a_later_turn_is_routed_by_its_own_budget(
@@ -52,8 +51,8 @@ def test_an_image_in_a_later_turn_is_routed_by_its_own_budget(
     later = {"input_ids": torch.tensor([[7, *image, 8]]), "pixel_values": torch.randn(1, 3, 56, 56)}
     cache: Any = DynamicCache(config=model.config)
     with torch.no_grad(), record_routing(model) as records:
-        model(**first, past_key_values=cache)
-        model(**later, past_key_values=cache)
+        model(**first, **{CACHE: cache})
+        model(**later, **{CACHE: cache})
     assert [int(record.kept[2].sum()) for record in records] == [4, 4]
     assert lengths(cache) == [36, 20, 12, 6]
     assert [layer.get_seq_length() for layer in cache.layers] == [36] * 4
@@ -71,12 +70,10 @@ def test_a_later_turn_sees_only_what_the_first_one_kept(
     with torch.no_grad():
         expected, _ = oracle(model)(oracle(model).embed(ids), target, pools=pools)
         first = model(ids[:, :12], target_mask=target[:, :12])
-        later = model(
-            ids[:, 12:], target_mask=target[:, 12:], past_key_values=first.past_key_values
-        )
+        later = model(ids[:, 12:], target_mask=target[:, 12:], **{CACHE: cache_of(first)})
     got = torch.cat((first.logits, later.logits), 1)
     torch.testing.assert_close(got, expected, **CLOSE)
-    assert lengths(later.past_key_values) == [24, 10 + 7, 10 + 3, 10]
+    assert lengths(cache_of(later)) == [24, 10 + 7, 10 + 3, 10]
 
 
 @pytest.mark.parametrize(
