@@ -24,7 +24,8 @@ def cache_name(module: nn.Module | type[nn.Module]) -> str:
     names = inspect.signature(module.forward).parameters
     if OLD_NAME not in names and NEW_NAME not in names:
         # a forward that only hands on keyword arguments gets those of `generate`
-        names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+        mixin: Any = GenerationMixin
+        names = inspect.signature(mixin.prepare_inputs_for_generation).parameters
     return OLD_NAME if OLD_NAME in names else NEW_NAME
 
 

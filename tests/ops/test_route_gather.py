@@ -150,8 +150,12 @@ def given(module, t, routing, case):
 GIVEN = Op("select_gather", ("x", "gate", "norm_weight"), given, raw)
 
 
+# Not a single column: its norm is a sign, and the weight's gradient a sum of signs that cancels.
+SCORED = [sample for sample in checkable(TABLE) if sample.hidden > 1]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sample", checkable(TABLE), ids=str)
+@pytest.mark.parametrize("sample", SCORED, ids=str)
 def test_values_of_given_scores(sample, dtype):
     check_values(GIVEN, sample, dtype)
 
