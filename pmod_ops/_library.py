@@ -39,7 +39,7 @@ def inference(op: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return overload(*args)
-        with torch._C._AutoDispatchBelowAutograd():  # pyright: ignore[reportAttributeAccessIssue]
+        with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
     return call
