@@ -21,7 +21,7 @@ std::string build_info() {
   }
   return R"({"compiler": ")" PMOD_COMPILER R"(", "isa": [)" + levels + R"(], "active_isa": ")" +
          pmod::cpu::isa_name(pmod::cpu::active_isa()) +
-         R"(", "cuda": false, "torch_target": ")" PMOD_TORCH_TARGET R"("})";
+         R"(", "torch_target": ")" PMOD_TORCH_TARGET R"("})";
 }
 
 PyModuleDef module_definition = {

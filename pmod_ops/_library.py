@@ -7,6 +7,7 @@ Each op has one schema (`define`), one fake (`fake`) and one pair of autograd fu
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +17,15 @@ from torch import Tensor
 
 _LIB = torch.library.Library("pmod", "DEF")
 _LIB.define("build_info() -> str", tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.define("cuda_info() -> str", tags=(torch.Tag.pt2_compliant_tag,))
+_LIB.define("cuda_error(int status) -> str", tags=(torch.Tag.pt2_compliant_tag,))
+_ops: list[str] = []  # all that were declared
+_cuda_problem: str | None = None  # why the CUDA kernels are not there
 
 
 def define(schema: str) -> None:
     """Declare an op of the namespace `pmod`."""
+    _ops.append(schema.partition("(")[0])
     _LIB.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
@@ -200,6 +206,29 @@ def load_kernels() -> None:
         torch.ops.pmod.build_info()
     except RuntimeError as error:  # the environment asks for an instruction set that is not there
         raise ImportError(str(error)) from None
+    _load_cuda_kernels()
+
+
+def _load_cuda_kernels() -> None:
+    """Import the compiled CUDA library, if there is one; without it the CPU ops still work."""
+    global _cuda_problem
+    try:
+        if importlib.util.find_spec("pmod_ops._C_cuda") is None:
+            _cuda_problem = "this build has no CUDA kernels; install it where there is an nvcc"
+        else:
+            importlib.import_module("pmod_ops._C_cuda")
+    except ImportError as error:
+        _cuda_problem = f"the CUDA kernels cannot be loaded: {error}"
+    if _cuda_problem is not None:
+        for op in _ops:
+            _LIB.impl(op, _refuse_cuda(op, _cuda_problem), "CUDA")
+
+
+def _refuse_cuda(op: str, problem: str) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"pmod_ops.{op}: got CUDA tensors, but {problem}")
+
+    return refuse
 
 
 def backend_info() -> dict[str, Any]:
@@ -211,11 +240,17 @@ def backend_info() -> dict[str, Any]:
         and why.
     """
     build = json.loads(torch.ops.pmod.build_info())
+    if _cuda_problem is None:
+        build["cuda"] = json.loads(torch.ops.pmod.cuda_info())
+        problem = build["cuda"]["problem"]
+    else:
+        build["cuda"], problem = None, _cuda_problem
+    served = "CUDA C++ (pmod_ops._C_cuda)" if _cuda_problem is None else "none"
     return {
         "torch": torch.__version__,
         "build": build,
         "devices": {
             "cpu": f"C++ (pmod_ops._C), {build['active_isa']}",
-            "cuda": "none: this build has CPU kernels only",
+            "cuda": served if problem is None else f"{served}; {problem}",
         },
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class RoutingPlan:
         num_pools: P.
         kept: for every routed layer, the number of kept rows of each sequence (host integers).
         num_routable: routable rows of the whole batch; 0 means that every layer is dense.
+        max_length: rows of the longest sequence, padding included, or an upper bound.
     """
 
     kind: Tensor
@@ -56,6 +58,7 @@ class RoutingPlan:
     num_pools: int
     kept: tuple[tuple[int, ...], ...]
     num_routable: int
+    max_length: int
 
     @classmethod
     def from_mask(
@@ -219,6 +222,7 @@ class RoutingPlan:
             num_pools=counts.numel(),
             kept=tuple(kept),
             num_routable=sum(sum(pools) for pools in routable),
+            max_length=_max_length(cu_seqlens, kind.shape[0]),
         )
 
     @property
@@ -287,6 +291,15 @@ def check_plan(op: str, plan: Any, x: Tensor) -> None:
         fail(op, "plan", f"device {x.device} like x", plan.kind.device)
 
 
+def _max_length(cu_seqlens: Tensor | Sequence[int], num_rows: int) -> int:
+    """Rows of the longest sequence; of all, where the offsets are on a GPU and cannot be read."""
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.device.type != "cpu":
+            return num_rows
+        cu_seqlens = cu_seqlens.tolist()
+    return max((end - start for start, end in pairwise(cu_seqlens)), default=0)
+
+
 def _upload(parts: list[Tensor], device: torch.device) -> list[Tensor]:
     flat = torch.cat([part.reshape(-1) for part in parts])
     if device.type == "cuda":
@@ -302,6 +315,7 @@ def _flatten_plan(plan: RoutingPlan) -> tuple[list[Any], Any]:
         plan.num_pools,
         plan.kept,
         plan.num_routable,
+        plan.max_length,
     )
 
 
@@ -317,8 +331,8 @@ def _unflatten_plan(leaves: Any, context: Any) -> RoutingPlan:
 
 
 def _plan_context_from_json(text: str) -> Any:
-    layers, num_pools, kept, num_routable = json.loads(text)
-    return tuple(layers), num_pools, tuple(tuple(row) for row in kept), num_routable
+    layers, num_pools, kept, *counts = json.loads(text)
+    return tuple(layers), num_pools, tuple(tuple(row) for row in kept), *counts
 
 
 pytree.register_pytree_node(

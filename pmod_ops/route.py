@@ -38,26 +38,40 @@ ACTIVATIONS = ("none", "tanh", "sigmoid", "softmax")  # the integers the kernels
 # What pmod::select, and the ops that contain it, take after the logits.
 SELECT = (
     "Tensor kind, Tensor cu_seqlens, Tensor? pool_id, Tensor k, Tensor slot_start,"
-    " SymInt num_slots, float gate_scale, float gate_bias, int activation"
+    " SymInt num_slots, SymInt max_length, float gate_scale, float gate_bias, int activation"
 )
 _GATE_BACKWARD = "Tensor logits, Tensor kind, Tensor cu_seqlens, float gate_scale, int activation"
 define(
     f"route(Tensor x, Tensor router_weight, Tensor? router_bias, {SELECT})"
-    " -> (Tensor logits, Tensor gate, Tensor index, Tensor inverse)"
+    " -> (Tensor logits, Tensor gate, Tensor index, Tensor inverse, Tensor scratch)"
 )
 define(
     "route_backward_(Tensor(a!) grad_x, Tensor? grad_logits, Tensor? grad_gate, Tensor x,"
     f" Tensor router_weight, {_GATE_BACKWARD})"
     " -> (Tensor grad_router_weight, Tensor grad_router_bias)"
 )
-define(f"select(Tensor logits, {SELECT}) -> (Tensor gate, Tensor index, Tensor inverse)")
+define(
+    f"select(Tensor logits, {SELECT})"
+    " -> (Tensor gate, Tensor index, Tensor inverse, Tensor scratch)"
+)
 define(f"select_backward(Tensor grad_gate, {_GATE_BACKWARD}) -> Tensor")
+
+
+def scratch_bytes(rows: int, sequences: int, pools: int, max_length: int) -> int:
+    """Bytes of device memory that a selection on a GPU needs beside its outputs.
+
+    Sequences of up to 16,384 rows need none. Others: a counter for each digit, and a state, of
+    every pool, and a count for each part of a sequence (csrc/cuda/select_long.cu).
+    """
+    if max_length <= 16384:
+        return 0
+    return 4 * (256 * pools + 16) + 16 * pools + 4 * (rows // 2048 + sequences)
 
 
 @fake("route")
 def _route_fake(
     x: Tensor, router_weight: Tensor, router_bias: Tensor | None, kind: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logits = kind.new_empty(kind.shape, dtype=acc_dtype(x.dtype))
     return logits, *_select_fake(logits, kind, *rest)
 
@@ -71,11 +85,16 @@ def _select_fake(
     k: Tensor,
     slot_start: Tensor,
     num_slots: int,
+    max_length: int,
     *gate: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     index = kind.new_empty(num_slots, dtype=torch.int32)
     inverse = kind.new_empty(kind.shape, dtype=torch.int32)
-    return logits.new_empty(logits.shape), index, inverse
+    scratch = 0
+    if kind.device.type == "cuda":
+        sequences, pools = slot_start.shape[0], k.shape[0]
+        scratch = scratch_bytes(kind.shape[0], sequences, pools, max_length)
+    return logits.new_empty(logits.shape), index, inverse, kind.new_empty(scratch)
 
 
 @fake("route_backward_")
@@ -97,7 +116,7 @@ def _select_backward_fake(grad_gate: Tensor, logits: Tensor, *rest: Any) -> Tens
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, bias, kind, cu_seqlens, *_, gate_scale, _gate_bias, activation = inputs
-    logits, _gate, _index, _inverse = output
+    logits, _gate, _index, _inverse, _scratch = output
     ctx.save_for_backward(x, weight, logits, kind, cu_seqlens)
     ctx.gate = (gate_scale, activation)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -109,18 +128,19 @@ def _backward(
     grad_gate: Tensor | None,
     grad_index: None,
     grad_inverse: None,
+    grad_scratch: None,
     *,
     grad_x: Tensor | None = None,
 ) -> Any:
     x, weight, logits, kind, cu_seqlens = ctx.saved_tensors
     if grad_logits is None and grad_gate is None:
-        return (grad_x,) + (None,) * 11
+        return (grad_x,) + (None,) * 12
     buffer = GradientBuffer(grad_x, x, ctx)
     grad_weight, grad_bias = torch.ops.pmod.route_backward_(
         buffer.rows, grad_logits, grad_gate, flat(x), weight, logits, kind, cu_seqlens, *ctx.gate
     )
     grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
-    return (buffer.release(), grad_weight.to(weight.dtype), grad_bias) + (None,) * 9
+    return (buffer.release(), grad_weight.to(weight.dtype), grad_bias) + (None,) * 10
 
 
 autograd("route", _setup, _backward)
@@ -134,11 +154,11 @@ def _select_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.gate = (gate_scale, activation)
 
 
-def _select_grad(ctx: Any, grad_gate: Tensor | None, grad_index: None, grad_inverse: None) -> Any:
+def _select_grad(ctx: Any, grad_gate: Tensor | None, *integers: None) -> Any:
     if grad_gate is None:
-        return (None,) * 10
+        return (None,) * 11
     grad_logits = torch.ops.pmod.select_backward(grad_gate, *ctx.saved_tensors, *ctx.gate)
-    return (grad_logits,) + (None,) * 9
+    return (grad_logits,) + (None,) * 10
 
 
 autograd("select", _select_setup, _select_grad)
@@ -191,17 +211,17 @@ def route(
     sizes, cu_kept = route_arguments(op, x, plan, layer, gate_scale, gate_bias, activation, layout)
     if logits is not None:
         check_logits(op, logits, x)
-        gate, index, inverse = _select(logits, *sizes)
+        gate, index, inverse, _scratch = _select(logits, *sizes)
         routing = make_routing(plan, layer, layout, cu_kept, logits, gate, index, inverse)
         return results_with_x(routing, x if return_x else None)
     weight = check_vector(op, "router_weight", router_weight, x)
     bias = check_bias(op, "router_bias", router_bias, x)
     router = None
     if return_x and needs_grad(x, weight, bias):
-        *routed, x = _route_chain(x, weight, bias, *sizes)
+        *routed, _scratch, x = _route_chain(x, weight, bias, *sizes)
         router = fold_router(x, weight, bias, routed[0], routed[1], gate_scale, activation)
     else:
-        routed = _route(flat(x), weight, bias, *sizes)
+        *routed, _scratch = _route(flat(x), weight, bias, *sizes)
     routing = make_routing(plan, layer, layout, cu_kept, *routed, router=router)
     return results_with_x(routing, x if return_x else None)
 
@@ -240,6 +260,7 @@ def route_arguments(
         k,
         cu_kept.narrow(0, 0, plan.num_sequences) if packed else padded_start,
         plan.num_slots(layer, layout),
+        plan.max_length,
         float(gate_scale),
         float(gate_bias),
         ACTIVATIONS.index(activation),

@@ -41,11 +41,12 @@ from pmod_ops.routing import Carry, Layout
 define(
     f"route_gather(Tensor x, Tensor router_weight, Tensor? router_bias, {SELECT},"
     " Tensor? norm_weight, float eps)"
-    " -> (Tensor logits, Tensor gate, Tensor index, Tensor inverse, Tensor rows, Tensor rstd)"
+    " -> (Tensor logits, Tensor gate, Tensor index, Tensor inverse, Tensor rows, Tensor rstd,"
+    " Tensor scratch)"
 )
 define(
     f"select_gather(Tensor x, Tensor logits, {SELECT}, Tensor? norm_weight, float eps)"
-    " -> (Tensor gate, Tensor rows, Tensor rstd, Tensor index, Tensor inverse)"
+    " -> (Tensor gate, Tensor rows, Tensor rstd, Tensor index, Tensor inverse, Tensor scratch)"
 )
 define(
     "route_gather_backward_(Tensor(a!) grad_x, Tensor? grad_logits, Tensor? grad_gate,"
@@ -67,16 +68,16 @@ def _route_gather_fake(
     k: Tensor,
     slot_start: Tensor,
     num_slots: int,
+    max_length: int,
     gate_scale: float,
     gate_bias: float,
     activation: int,
     norm_weight: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    routed = _route_fake(
-        x, router_weight, router_bias, kind, cu_seqlens, pool_id, k, slot_start, num_slots
-    )
-    return *routed, *_rows_fake(x, num_slots, norm_weight)
+    sizes = (cu_seqlens, pool_id, k, slot_start, num_slots, max_length)
+    *routed, scratch = _route_fake(x, router_weight, router_bias, kind, *sizes)
+    return *routed, *_rows_fake(x, num_slots, norm_weight), scratch
 
 
 def _rows_fake(x: Tensor, num_slots: int, norm_weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -88,10 +89,10 @@ def _rows_fake(x: Tensor, num_slots: int, norm_weight: Tensor | None) -> tuple[T
 @fake("select_gather")
 def _select_gather_fake(
     x: Tensor, logits: Tensor, kind: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     *select, norm_weight, _eps = rest
-    gate, index, inverse = _select_fake(logits, kind, *select)
-    return gate, *_rows_fake(x, index.shape[0], norm_weight), index, inverse
+    gate, *integers = _select_fake(logits, kind, *select)
+    return gate, *_rows_fake(x, integers[0].shape[0], norm_weight), *integers
 
 
 @fake("route_gather_backward_")
@@ -121,9 +122,9 @@ def _route_gather_backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, weight, bias, kind, cu_seqlens, _pool_id, _k, _slot_start, _num_slots = inputs[:9]
-    gate_scale, _gate_bias, activation, norm_weight, _eps = inputs[9:]
-    logits, _gate, index, inverse, _rows, rstd = output
+    x, weight, bias, kind, cu_seqlens = inputs[:5]
+    gate_scale, _gate_bias, activation, norm_weight, _eps = inputs[10:]
+    logits, _gate, index, inverse, _rows, rstd, _scratch = output
     ctx.save_for_backward(x, weight, logits, kind, cu_seqlens, index, inverse, norm_weight, rstd)
     ctx.gate = (gate_scale, activation)
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -137,11 +138,12 @@ def _backward(
     grad_inverse: None,
     grad_rows: Tensor | None,
     grad_rstd: None,
+    grad_scratch: None,
     *,
     grad_x: Tensor | None = None,
 ) -> Any:
     if grad_logits is None and grad_gate is None and grad_rows is None:
-        return (grad_x,) + (None,) * 13
+        return (grad_x,) + (None,) * 14
     return _run_backward(ctx, grad_x, (grad_logits, grad_gate, grad_rows, None), False)
 
 
@@ -157,7 +159,7 @@ def _run_backward(
     grad_bias = None if ctx.bias_dtype is None else grad_bias.to(ctx.bias_dtype)
     grad_norm = None if norm_weight is None else grad_norm_weight.to(norm_weight.dtype)
     routed = (buffer.release(), grad_weight.to(weight.dtype), grad_bias)
-    return routed + (None,) * 9 + (grad_norm, None)
+    return routed + (None,) * 10 + (grad_norm, None)
 
 
 autograd("route_gather", _setup, _backward)
@@ -167,7 +169,7 @@ _route_gather = inference("route_gather")
 
 def _select_gather_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, logits, kind, cu_seqlens, *_rest, gate_scale, _bias, activation, norm_weight, _eps = inputs
-    _gate, _rows, rstd, index, _inverse = output
+    _gate, _rows, rstd, index, _inverse, _scratch = output
     ctx.save_for_backward(x, logits, kind, cu_seqlens, index, norm_weight, rstd)
     ctx.gate = (gate_scale, activation)
 
@@ -176,9 +178,7 @@ def _select_gather_backward(
     ctx: Any,
     grad_gate: Tensor | None,
     grad_rows: Tensor | None,
-    grad_rstd: None,
-    grad_index: None,
-    grad_inverse: None,
+    *others: None,
 ) -> Any:
     x, logits, kind, cu_seqlens, index, norm_weight, rstd = ctx.saved_tensors
     grad_x = grad_logits = grad_norm = None
@@ -193,7 +193,7 @@ def _select_gather_backward(
             grad_norm = torch.ops.pmod.gather_rmsnorm_backward_(
                 grad_x, grad_rows, x, index, norm_weight, rstd, False
             ).to(norm_weight.dtype)
-    return grad_x, grad_logits, *(None,) * 9, grad_norm, None
+    return grad_x, grad_logits, *(None,) * 10, grad_norm, None
 
 
 autograd("select_gather", _select_gather_setup, _select_gather_backward)
@@ -215,14 +215,14 @@ class _Carried(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.feeds = receiver(inputs[0])
-        _setup(ctx, inputs, output[:6])
+        _setup(ctx, inputs, output[:7])
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         refuse_double_backward("route_gather")
-        logits, gate, _index, _inverse, rows, _rstd, grad_x, kept, skipped = grads
+        logits, gate, _index, _inverse, rows, _rstd, _scratch, grad_x, kept, skipped = grads
         if all(g is None for g in (logits, gate, rows, kept, skipped)):
-            return (grad_x,) + (None,) * 13
+            return (grad_x,) + (None,) * 14
         of_x, *others = _run_backward(ctx, skipped, (logits, gate, rows, kept), True)
         if grad_x is not None:
             of_x.add_(grad_x)
@@ -290,7 +290,9 @@ def route_gather(
     norm = None if norm_weight is None else check_vector(op, "norm_weight", norm_weight, x)
     if logits is not None:
         check_logits(op, logits, x)
-        weights, rows, _rstd, index, inverse = _select_gather(flat(x), logits, *sizes, norm, eps)
+        weights, rows, _rstd, index, inverse, _scratch = _select_gather(
+            flat(x), logits, *sizes, norm, eps
+        )
         routing = make_routing(plan, layer, layout, cu_kept, logits, weights, index, inverse)
         return results_with_x(routing, routing.rows(rows), x if return_x else None)
     weight = check_vector(op, "router_weight", router_weight, x)
@@ -298,11 +300,11 @@ def route_gather(
     router = carry = None
     arguments = (weight, bias, *sizes, norm, eps)
     if not (return_x and needs_grad(x, weight, bias, norm)):
-        *routed, rows, _rstd = _route_gather(flat(x), *arguments)
+        *routed, rows, _rstd, _scratch = _route_gather(flat(x), *arguments)
     elif torch.compiler.is_compiling():
-        *routed, rows, _rstd, x = _route_gather_chain(x, *arguments)
+        *routed, rows, _rstd, _scratch, x = _route_gather_chain(x, *arguments)
     else:
-        *routed, rows, _rstd, x, kept, skipped = _Carried.apply(x, *arguments)
+        *routed, rows, _rstd, _scratch, x, kept, skipped = _Carried.apply(x, *arguments)
         scores, gates, index, inverse = routed
         carry = Carry(kept, skipped, index, inverse, start_chain(x), x._version)
         router = fold_router(x, weight, bias, scores, gates, gate_scale, activation)

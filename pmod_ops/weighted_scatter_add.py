@@ -37,8 +37,8 @@ from pmod_ops.route import needs_grad
 from pmod_ops.routing import RouterGradient, Routing
 
 _REST = (
-    "Tensor residual, Tensor update, Tensor gate, Tensor inverse, Tensor kind, bool gate_mlp,"
-    " bool scale_skipped, Tensor? next_weight, Tensor? next_bias, bool check_finite"
+    "Tensor residual, Tensor update, Tensor gate, Tensor inverse, Tensor index, Tensor kind,"
+    " bool gate_mlp, bool scale_skipped, Tensor? next_weight, Tensor? next_bias, bool check_finite"
 )
 define(
     f"weighted_scatter_add(Tensor x, {_REST}) -> (Tensor out, Tensor next_logits, Tensor finite)"
@@ -46,7 +46,7 @@ define(
 define(f"weighted_scatter_add_(Tensor(a!) x, {_REST}) -> (Tensor next_logits, Tensor finite)")
 define(
     "weighted_scatter_add_backward(Tensor grad_out, Tensor x, Tensor update, Tensor gate,"
-    " Tensor inverse, Tensor kind, bool gate_mlp, bool scale_skipped,"
+    " Tensor inverse, Tensor index, Tensor kind, bool gate_mlp, bool scale_skipped,"
     " Tensor? router_weight, Tensor? logits, float gate_scale, int activation,"
     " bool write_residual, bool zero_kept)"
     " -> (Tensor grad_x, Tensor grad_residual, Tensor grad_update, Tensor grad_gate,"
@@ -67,7 +67,7 @@ def _weighted_scatter_add_fake(
 def _weighted_scatter_add_inplace_fake(
     x: Tensor, residual: Tensor, update: Tensor, gate: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    next_weight, _next_bias, check_finite = rest[4:]
+    next_weight, _next_bias, check_finite = rest[5:]
     rows = 0 if next_weight is None else x.shape[0]
     next_logits = gate.new_empty(rows, dtype=acc_dtype(x.dtype))
     return next_logits, x.new_empty(int(check_finite), dtype=torch.bool)
@@ -80,6 +80,7 @@ def _weighted_scatter_add_backward_fake(
     update: Tensor,
     gate: Tensor,
     inverse: Tensor,
+    index: Tensor,
     kind: Tensor,
     gate_mlp: bool,
     scale_skipped: bool,
@@ -103,8 +104,8 @@ def _weighted_scatter_add_backward_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, _residual, update, gate, inverse, kind, gate_mlp, scale_skipped, next_weight, *_ = inputs
-    ctx.save_for_backward(x, update, gate, inverse, kind)
+    x, _residual, *rows, gate_mlp, scale_skipped, next_weight, _bias, _check_finite = inputs
+    ctx.save_for_backward(x, *rows)
     ctx.flags = (gate_mlp, scale_skipped)
     ctx.scores_next = next_weight is not None
 
@@ -115,14 +116,13 @@ def _backward(
     if ctx.scores_next:
         raise RuntimeError("pmod_ops.weighted_scatter_add: next_router has no gradient")
     if grad_out is None:
-        return (None,) * 11
-    x, update, gate, inverse, kind = ctx.saved_tensors
+        return (None,) * 12
     grad_x, grad_residual, grad_update, grad_gate, _, _ = (
         torch.ops.pmod.weighted_scatter_add_backward(
-            grad_out, x, update, gate, inverse, kind, *ctx.flags, *_NO_ROUTER, True, True
+            grad_out, *ctx.saved_tensors, *ctx.flags, *_NO_ROUTER, True, True
         )
     )
-    return (grad_x, grad_residual, grad_update, grad_gate) + (None,) * 7
+    return (grad_x, grad_residual, grad_update, grad_gate) + (None,) * 8
 
 
 _NO_ROUTER = (None, None, 0.0, 0)
@@ -151,22 +151,23 @@ class _Chain(torch.autograd.Function):
         of_residual: Tensor | None,
         logits: Tensor | None,
         inverse: Tensor,
+        index: Tensor,
         kind: Tensor,
         flags: tuple[bool, bool],
         router_gate: tuple[float, int],
         check_finite: bool,
     ) -> Any:
         out, _, finite = torch.ops.pmod.weighted_scatter_add(
-            flat(x), residual, update, gate, inverse, kind, *flags, None, None, check_finite
+            flat(x), residual, update, gate, inverse, index, kind, *flags, None, None, check_finite
         )
         return out.view(x.shape), x.view_as(x), finite
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, _residual, update, gate, weight, bias, skipped, of_residual, *rest = inputs
-        logits, inverse, kind, ctx.flags, ctx.router_gate, _check_finite = rest
+        logits, *maps, ctx.flags, ctx.router_gate, _check_finite = rest
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, update, gate, inverse, kind, weight, logits)
+        ctx.save_for_backward(x, update, gate, weight, logits, *maps)
         ctx.feeds = receiver(x if skipped is None else skipped)
         ctx.carried = (skipped is not None, of_residual is not None)
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -176,8 +177,8 @@ class _Chain(torch.autograd.Function):
         refuse_double_backward("weighted_scatter_add")
         grad_out, grad_x_out, _ = grads
         if grad_out is None:
-            return (grad_x_out,) + (None,) * 13
-        x, update, gate, inverse, kind, weight, logits = ctx.saved_tensors
+            return (grad_x_out,) + (None,) * 14
+        x, update, gate, weight, logits, *maps = ctx.saved_tensors
         skipped, of_residual = ctx.carried
         grad_out = flat(grad_out)
         router = (weight, logits, *ctx.router_gate)
@@ -186,7 +187,7 @@ class _Chain(torch.autograd.Function):
         zero_kept = not skipped or anomaly
         grad_x, grad_residual, grad_update, grad_gate, grad_weight, grad_bias = (
             torch.ops.pmod.weighted_scatter_add_backward(
-                *(grad_out, flat(x), update, gate, inverse, kind, *ctx.flags),
+                *(grad_out, flat(x), update, gate, *maps, *ctx.flags),
                 *(*router, not of_residual, zero_kept),
             )
         )
@@ -205,7 +206,7 @@ class _Chain(torch.autograd.Function):
             given[6] = hand_over(grad_x, ctx.feeds)
         else:
             given[0] = hand_over(grad_x if grad_x_out is None else grad_x + grad_x_out, ctx.feeds)
-        return (*given, *(None,) * 6)
+        return (*given, *(None,) * 7)
 
 
 def weighted_scatter_add(
@@ -268,7 +269,7 @@ def weighted_scatter_add(
         )
         _note(finite, found)
         return results(out, chained if return_x else None)
-    maps = (routing.gate, routing.inverse, routing.kind)
+    maps = (routing.gate, routing.inverse, routing.index, routing.kind)
     out, next_logits, found = _weighted_scatter_add(
         flat(x), residual, update, *maps, *flags, weight, bias, finite is not None
     )
@@ -323,7 +324,7 @@ def weighted_scatter_add_(
                 f"pmod_ops.{op}: {name}: expected memory of its own, got memory of x; pass a copy"
             )
     target = x.contiguous()
-    maps = (routing.gate, routing.inverse, routing.kind)
+    maps = (routing.gate, routing.inverse, routing.index, routing.kind)
     next_logits, found = torch.ops.pmod.weighted_scatter_add_(
         *(flat(target), residual, update, *maps, gate_mlp, scale_skipped, weight, bias),
         finite is not None,
@@ -362,6 +363,7 @@ def _weighted_scatter_add_chain(
         of_residual,
         None if router is None else router.logits,
         routing.inverse,
+        routing.index,
         routing.kind,
         flags,
         (0.0, 0) if router is None else (router.gate_scale, router.activation),

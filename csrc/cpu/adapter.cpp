@@ -2,6 +2,18 @@
 
 #include <fstream>
 
+namespace pmod {
+
+void check_device(const char* op, const char* argument, const Tensor& t) {
+  check(t.is_cpu(), "pmod_ops.", op, ": ", argument, ": expected a CPU tensor");
+}
+
+Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
+  return allocate_on(aoti_torch_device_type_cpu(), 0, sizes, type);
+}
+
+}  // namespace pmod
+
 namespace pmod::cpu {
 namespace {
 

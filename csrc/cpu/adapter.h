@@ -1,41 +1,18 @@
-// From stable-ABI tensors to pointers and sizes: dispatch on the row type, checks, scratch.
-// Messages name the op, the argument, what was expected and what came; nothing is written before.
+// The CPU's part of the adapters: dispatch on the row type, checks of contents, scratch.
 #pragma once
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
 #include <memory>
 #include <new>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "common/row_types.h"
 #include "cpu/rows/loops.h"
+#include "tensor/arguments.h"
 
 namespace pmod::cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
-// Throws with the concatenated parts as message. (STD_TORCH_CHECK would put the build path first.)
-template <typename... Parts>
-void check(bool ok, const Parts&... parts) {
-  if (ok) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
 
 // A row type and its accumulate type, as a value that a generic lambda can take.
 template <typename Row>
@@ -58,80 +35,6 @@ auto dispatch_rows(const char* op, const char* argument, const Tensor& x, const 
             ": expected float32, bfloat16, float16 or float64");
       return f(RowType<double>{});
   }
-}
-
-inline ScalarType acc_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// torch::stable::contiguous and ::new_empty look their op up by name, a microsecond each.
-inline Tensor as_contiguous(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-// Not initialised, on the CPU.
-inline Tensor allocate(std::initializer_list<int64_t> sizes, ScalarType type) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
-  AtenTensorHandle tensor = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides,
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      aoti_torch_device_type_cpu(), 0, &tensor));
-  return Tensor(tensor);
-}
-
-inline void check_cpu(const char* op, const char* argument, const Tensor& t) {
-  check(t.is_cpu(), "pmod_ops.", op, ": ", argument, ": expected a CPU tensor");
-}
-
-// A contiguous matrix of the given type; -1 leaves a size open.
-inline Tensor matrix(const char* op, const char* argument, const Tensor& t, ScalarType type,
-                     int64_t rows, int64_t columns) {
-  check_cpu(op, argument, t);
-  check(t.dim() == 2, "pmod_ops.", op, ": ", argument, ": expected 2 dimensions, got ", t.dim());
-  check(t.scalar_type() == type, "pmod_ops.", op, ": ", argument,
-        ": expected the dtype of the rows, got another");
-  check(rows < 0 || t.size(0) == rows, "pmod_ops.", op, ": ", argument, ": expected ", rows,
-        " rows, got ", t.size(0));
-  check(columns < 0 || t.size(1) == columns, "pmod_ops.", op, ": ", argument, ": expected ",
-        columns, " columns, got ", t.size(1));
-  check(t.size(1) >= 1, "pmod_ops.", op, ": ", argument, ": expected at least 1 column");
-  return as_contiguous(t);
-}
-
-inline Tensor vector(const char* op, const char* argument, const Tensor& t, ScalarType type,
-                     int64_t size) {
-  check_cpu(op, argument, t);
-  check(t.dim() == 1 && (size < 0 || t.size(0) == size), "pmod_ops.", op, ": ", argument,
-        ": expected ", size < 0 ? "1 dimension" : std::to_string(size) + " entries", ", got ",
-        t.numel(), " entries in ", t.dim(), " dimension(s)");
-  check(t.scalar_type() == type, "pmod_ops.", op, ": ", argument, ": got an unexpected dtype");
-  return as_contiguous(t);
-}
-
-// A matrix shaped like `like`. It is written in place, so a contiguous copy would not do.
-inline void check_mutable(const char* op, const char* argument, const Tensor& t,
-                          const Tensor& like) {
-  matrix(op, argument, t, like.scalar_type(), like.size(0), like.size(1));
-  check(t.is_contiguous(), "pmod_ops.", op, ": ", argument,
-        ": expected a contiguous tensor, because it is written in place");
-}
-
-// The elements; null if there is no tensor.
-template <typename T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <typename T>
-const T* data(const OptionalTensor& t) {
-  return t ? data<T>(*t) : nullptr;
-}
-
-template <typename T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 inline void check_range(const char* op, const char* argument, const Tensor& t, int64_t end) {
@@ -198,7 +101,7 @@ class PaddedWeight {
   PaddedWeight() = default;
 
   PaddedWeight(const char* op, const char* argument, const Tensor& t, int64_t size) {
-    check_cpu(op, argument, t);
+    check_device(op, argument, t);
     check(t.dim() == 1 && t.size(0) == size, "pmod_ops.", op, ": ", argument, ": expected ", size,
           " entries, got ", t.numel());
     const Tensor flat = as_contiguous(t);
@@ -230,7 +133,7 @@ class PaddedWeight {
 template <typename T>
 Acc<T> scalar(const char* op, const char* argument, const OptionalTensor& t) {
   if (!t) return Acc<T>(0);
-  check_cpu(op, argument, *t);
+  check_device(op, argument, *t);
   check(t->numel() == 1, "pmod_ops.", op, ": ", argument, ": expected 1 entry, got ", t->numel());
   return widened<Acc<T>>(op, argument, *t)[0];
 }

@@ -57,18 +57,12 @@ std::tuple<Tensor, Tensor> gather_add_rmsnorm_backward(
   const ScalarType type_of_rows = residual_arg.scalar_type();
   const Tensor residual = matrix(op, "residual", residual_arg, type_of_rows, -1, -1);
   const int64_t slots = residual.size(0), hidden = residual.size(1);
-  OptionalTensor grad_residual, grad_rows, grad_out;
-  if (grad_residual_arg) {
-    grad_residual = matrix(op, "grad_residual", *grad_residual_arg, type_of_rows, slots, hidden);
-  }
-  if (grad_rows_arg) {
-    grad_rows = matrix(op, "grad_rows", *grad_rows_arg, type_of_rows, slots, hidden);
-  }
-  int64_t rows = INT32_MAX;
-  if (grad_out_arg) {
-    grad_out = matrix(op, "grad_out", *grad_out_arg, type_of_rows, -1, hidden);
-    rows = grad_out->size(0);
-  }
+  const OptionalTensor grad_residual =
+      matrix(op, "grad_residual", grad_residual_arg, type_of_rows, slots, hidden);
+  const OptionalTensor grad_rows =
+      matrix(op, "grad_rows", grad_rows_arg, type_of_rows, slots, hidden);
+  const OptionalTensor grad_out = matrix(op, "grad_out", grad_out_arg, type_of_rows, -1, hidden);
+  int64_t rows = grad_out ? grad_out->size(0) : INT32_MAX;
   if (grad_x) {
     matrix(op, "grad_x", *grad_x, type_of_rows, grad_out ? rows : -1, hidden);
     check_mutable(op, "grad_x", *grad_x, *grad_x);

@@ -14,15 +14,11 @@
 
 namespace pmod::cpu {
 
-Tensor check_kind(const char* op, const Tensor& kind, int64_t rows) {
-  return vector(op, "kind", kind, ScalarType::Byte, rows);
-}
-
 Tensor check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t rows) {
-  Tensor bounds = vector(op, "cu_seqlens", cu_seqlens, ScalarType::Int, -1);
+  Tensor bounds = check_bounds(op, cu_seqlens);
   const int32_t* at = data<int32_t>(bounds);
   const int64_t batch = bounds.numel() - 1;
-  check(batch >= 0 && at[0] == 0 && at[batch] == rows, "pmod_ops.", op,
+  check(at[0] == 0 && at[batch] == rows, "pmod_ops.", op,
         ": cu_seqlens: expected offsets from 0 to ", rows);
   for (int64_t b = 0; b < batch; ++b) {
     check(at[b] <= at[b + 1], "pmod_ops.", op, ": cu_seqlens[", b + 1, "]: expected >= ", at[b],
@@ -33,24 +29,13 @@ Tensor check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t rows) 
 
 Plan check_plan(const char* op, const Tensor& kind, const Tensor& cu_seqlens,
                 const OptionalTensor& pool_id, const Tensor& k, const Tensor& slot_start,
-                int64_t num_slots, int64_t rows) {
-  const Tensor bounds = check_cu_seqlens(op, cu_seqlens, rows);
-  const int64_t batch = bounds.numel() - 1;
-  OptionalTensor pools;
-  if (pool_id) pools = vector(op, "pool_id", *pool_id, ScalarType::Int, rows);
-  check(num_slots >= 0, "pmod_ops.", op, ": num_slots: expected >= 0, got ", num_slots);
-  return {.kind = check_kind(op, kind, rows),
-          .cu_seqlens = bounds,
-          .pool_id = pools,
-          .k = vector(op, "k", k, ScalarType::Int, pool_id ? -1 : batch),
-          .slot_start = vector(op, "slot_start", slot_start, ScalarType::Int, batch),
-          .num_slots = num_slots};
+                int64_t num_slots, int64_t max_length, int64_t rows) {
+  check_cu_seqlens(op, cu_seqlens, rows);
+  return check_shapes(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, max_length, rows);
 }
 
 Gate check_gate(const char* op, double scale, double bias, int64_t activation) {
-  check(activation >= 0 && activation <= 3, "pmod_ops.", op, ": activation: expected 0..3, got ",
-        activation);
-  return {.scale = scale, .bias = bias, .activation = static_cast<Activation>(activation)};
+  return {.scale = scale, .bias = bias, .activation = check_activation(op, activation)};
 }
 
 Tensor score(const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -75,33 +60,35 @@ Tensor score(const char* op, const Tensor& x, const Tensor& weight, const Option
 
 namespace {
 
-using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Routed = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 Routed route(const Tensor& x_arg, const Tensor& router_weight, const OptionalTensor& router_bias,
              const Tensor& kind, const Tensor& cu_seqlens, const OptionalTensor& pool_id,
-             const Tensor& k, const Tensor& slot_start, int64_t num_slots, double gate_scale,
-             double gate_bias, int64_t activation) {
+             const Tensor& k, const Tensor& slot_start, int64_t num_slots, int64_t max_length,
+             double gate_scale, double gate_bias, int64_t activation) {
   const char* op = "route";
   const Tensor x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
-  const Plan plan = check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, x.size(0));
+  const Plan plan =
+      check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, max_length, x.size(0));
   const Gate gate = check_gate(op, gate_scale, gate_bias, activation);
   Tensor logits = score(op, x, router_weight, router_bias, plan.kind);
   auto [index, inverse] = select_rows(op, logits, plan);
-  return {logits, gate_of(logits, plan.kind, plan.cu_seqlens, gate), index, inverse};
+  return {logits, gate_of(logits, plan.kind, plan.cu_seqlens, gate), index, inverse, no_scratch()};
 }
 
-std::tuple<Tensor, Tensor, Tensor> select(const Tensor& logits_arg, const Tensor& kind,
-                                          const Tensor& cu_seqlens, const OptionalTensor& pool_id,
-                                          const Tensor& k, const Tensor& slot_start,
-                                          int64_t num_slots, double gate_scale, double gate_bias,
-                                          int64_t activation) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& logits_arg, const Tensor& kind,
+                                                  const Tensor& cu_seqlens,
+                                                  const OptionalTensor& pool_id, const Tensor& k,
+                                                  const Tensor& slot_start, int64_t num_slots,
+                                                  int64_t max_length, double gate_scale,
+                                                  double gate_bias, int64_t activation) {
   const char* op = "select";
   const Tensor logits = vector(op, "logits", logits_arg, acc_type(logits_arg), -1);
-  const Plan plan =
-      check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, logits.numel());
+  const Plan plan = check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, max_length,
+                               logits.numel());
   const Gate gate = check_gate(op, gate_scale, gate_bias, activation);
   auto [index, inverse] = select_rows(op, logits, plan);
-  return {gate_of(logits, plan.kind, plan.cu_seqlens, gate), index, inverse};
+  return {gate_of(logits, plan.kind, plan.cu_seqlens, gate), index, inverse, no_scratch()};
 }
 
 Tensor select_backward(const Tensor& grad_gate, const Tensor& logits_arg, const Tensor& kind_arg,
@@ -133,9 +120,8 @@ std::tuple<Tensor, Tensor> route_backward(Tensor grad_x, const OptionalTensor& g
   const ScalarType acc = acc_type(x);
   check_mutable(op, "grad_x", grad_x, x);
   const Tensor logits = vector(op, "logits", logits_arg, acc, rows);
-  OptionalTensor of_logits, of_gate;
-  if (grad_logits) of_logits = vector(op, "grad_logits", *grad_logits, acc, rows);
-  if (grad_gate) of_gate = vector(op, "grad_gate", *grad_gate, acc, rows);
+  const OptionalTensor of_logits = vector(op, "grad_logits", grad_logits, acc, rows);
+  const OptionalTensor of_gate = vector(op, "grad_gate", grad_gate, acc, rows);
   const Tensor kind = check_kind(op, kind_arg, rows);
   const Tensor bounds = check_cu_seqlens(op, cu_seqlens, rows);
   const Gate gate = check_gate(op, gate_scale, 0, activation);

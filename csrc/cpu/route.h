@@ -6,18 +6,9 @@
 
 #include "common/gate.h"
 #include "cpu/adapter.h"
+#include "tensor/plan.h"
 
 namespace pmod::cpu {
-
-// The checked arguments of pmod::select, apart from the logits and the gate.
-struct Plan {
-  Tensor kind;
-  Tensor cu_seqlens;
-  OptionalTensor pool_id;
-  Tensor k;
-  Tensor slot_start;
-  int64_t num_slots;
-};
 
 struct Gate {
   double scale;
@@ -25,11 +16,11 @@ struct Gate {
   Activation activation;
 };
 
+// The contents of cu_seqlens are checked as well.
 Plan check_plan(const char* op, const Tensor& kind, const Tensor& cu_seqlens,
                 const OptionalTensor& pool_id, const Tensor& k, const Tensor& slot_start,
-                int64_t num_slots, int64_t rows);
+                int64_t num_slots, int64_t max_length, int64_t rows);
 
-Tensor check_kind(const char* op, const Tensor& kind, int64_t rows);
 Tensor check_cu_seqlens(const char* op, const Tensor& cu_seqlens, int64_t rows);
 Gate check_gate(const char* op, double scale, double bias, int64_t activation);
 
@@ -40,6 +31,9 @@ Tensor score(const char* op, const Tensor& x, const Tensor& weight, const Option
 // scale * act(logit) + bias on routable rows, exactly 1 elsewhere.
 Tensor gate_of(const Tensor& logits, const Tensor& kind, const Tensor& cu_seqlens,
                const Gate& gate);
+
+// What a GPU would need of device memory.
+inline Tensor no_scratch() { return allocate({0}, ScalarType::Byte); }
 
 // (index [num_slots], inverse [N])
 std::tuple<Tensor, Tensor> select_rows(const char* op, const Tensor& logits, const Plan& plan);

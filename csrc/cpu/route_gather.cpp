@@ -18,7 +18,7 @@
 namespace pmod::cpu {
 namespace {
 
-using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // (rows, rstd): normalised if there is a weight, else copied, and no rstd.
 std::tuple<Tensor, Tensor> gather_rows(const char* op, const Tensor& x, const Tensor& index,
@@ -30,34 +30,36 @@ std::tuple<Tensor, Tensor> gather_rows(const char* op, const Tensor& x, const Te
 Outputs route_gather(const Tensor& x_arg, const Tensor& router_weight,
                      const OptionalTensor& router_bias, const Tensor& kind,
                      const Tensor& cu_seqlens, const OptionalTensor& pool_id, const Tensor& k,
-                     const Tensor& slot_start, int64_t num_slots, double gate_scale,
-                     double gate_bias, int64_t activation, const OptionalTensor& norm_weight,
-                     double eps) {
+                     const Tensor& slot_start, int64_t num_slots, int64_t max_length,
+                     double gate_scale, double gate_bias, int64_t activation,
+                     const OptionalTensor& norm_weight, double eps) {
   const char* op = "route_gather";
   const Tensor x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
-  const Plan plan = check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, x.size(0));
+  const Plan plan =
+      check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, max_length, x.size(0));
   const Gate gate = check_gate(op, gate_scale, gate_bias, activation);
   Tensor logits = score(op, x, router_weight, router_bias, plan.kind);
   auto [index, inverse] = select_rows(op, logits, plan);
   Tensor weight = gate_of(logits, plan.kind, plan.cu_seqlens, gate);
   auto [rows, rstd] = gather_rows(op, x, index, norm_weight, eps);
-  return {logits, weight, index, inverse, rows, rstd};
+  return {logits, weight, index, inverse, rows, rstd, no_scratch()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> select_gather(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_gather(
     const Tensor& x_arg, const Tensor& logits_arg, const Tensor& kind, const Tensor& cu_seqlens,
     const OptionalTensor& pool_id, const Tensor& k, const Tensor& slot_start, int64_t num_slots,
-    double gate_scale, double gate_bias, int64_t activation, const OptionalTensor& norm_weight,
-    double eps) {
+    int64_t max_length, double gate_scale, double gate_bias, int64_t activation,
+    const OptionalTensor& norm_weight, double eps) {
   const char* op = "select_gather";
   const Tensor x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
   const Tensor logits = vector(op, "logits", logits_arg, acc_type(x), x.size(0));
-  const Plan plan = check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, x.size(0));
+  const Plan plan =
+      check_plan(op, kind, cu_seqlens, pool_id, k, slot_start, num_slots, max_length, x.size(0));
   const Gate gate = check_gate(op, gate_scale, gate_bias, activation);
   auto [index, inverse] = select_rows(op, logits, plan);
   Tensor weight = gate_of(logits, plan.kind, plan.cu_seqlens, gate);
   auto [rows, rstd] = gather_rows(op, x, index, norm_weight, eps);
-  return {weight, rows, rstd, index, inverse};
+  return {weight, rows, rstd, index, inverse, no_scratch()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
@@ -75,15 +77,12 @@ std::tuple<Tensor, Tensor, Tensor> route_gather_backward(
   const ScalarType acc = acc_type(x);
   check_mutable(op, "grad_x", grad_x, x);
   const Tensor logits = vector(op, "logits", logits_arg, acc, rows);
-  OptionalTensor of_logits, of_gate, grad_rows, grad_kept;
-  if (grad_logits) of_logits = vector(op, "grad_logits", *grad_logits, acc, rows);
-  if (grad_gate) of_gate = vector(op, "grad_gate", *grad_gate, acc, rows);
-  if (grad_rows_arg) {
-    grad_rows = matrix(op, "grad_rows", *grad_rows_arg, x.scalar_type(), slots, hidden);
-  }
-  if (grad_kept_arg) {
-    grad_kept = matrix(op, "grad_kept", *grad_kept_arg, x.scalar_type(), slots, hidden);
-  }
+  const OptionalTensor of_logits = vector(op, "grad_logits", grad_logits, acc, rows);
+  const OptionalTensor of_gate = vector(op, "grad_gate", grad_gate, acc, rows);
+  const OptionalTensor grad_rows =
+      matrix(op, "grad_rows", grad_rows_arg, x.scalar_type(), slots, hidden);
+  const OptionalTensor grad_kept =
+      matrix(op, "grad_kept", grad_kept_arg, x.scalar_type(), slots, hidden);
   const Tensor kind = check_kind(op, kind_arg, rows);
   const Tensor bounds = check_cu_seqlens(op, cu_seqlens, rows);
   const Tensor inverse = index_vector(op, "inverse", inverse_arg, rows, slots);

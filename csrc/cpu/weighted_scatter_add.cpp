@@ -17,13 +17,13 @@ namespace pmod::cpu {
 namespace {
 
 struct Arguments {
-  Tensor x, residual, update, gate, inverse, kind;
+  Tensor x, residual, update, gate, inverse, index, kind;
   int64_t rows, hidden, slots;
 };
 
 Arguments check_arguments(const char* op, const Tensor& x_arg, const Tensor& residual,
                           const Tensor& update, const Tensor& gate, const Tensor& inverse,
-                          const Tensor& kind) {
+                          const Tensor& index, const Tensor& kind) {
   Arguments a;
   a.x = matrix(op, "x", x_arg, x_arg.scalar_type(), -1, -1);
   a.rows = a.x.size(0);
@@ -33,6 +33,7 @@ Arguments check_arguments(const char* op, const Tensor& x_arg, const Tensor& res
   a.residual = matrix(op, "residual", residual, a.x.scalar_type(), a.slots, a.hidden);
   a.gate = vector(op, "gate", gate, acc_type(a.x), a.rows);
   a.inverse = index_vector(op, "inverse", inverse, a.rows, a.slots);
+  a.index = vector(op, "index", index, ScalarType::Int, a.slots);
   a.kind = check_kind(op, kind, a.rows);
   return a;
 }
@@ -78,10 +79,11 @@ std::tuple<Tensor, Tensor> scatter(const char* op, const Arguments& a, const Opt
 
 std::tuple<Tensor, Tensor, Tensor> weighted_scatter_add(
     const Tensor& x, const Tensor& residual, const Tensor& update, const Tensor& gate,
-    const Tensor& inverse, const Tensor& kind, bool gate_mlp, bool scale_skipped,
-    const OptionalTensor& next_weight, const OptionalTensor& next_bias, bool check_finite) {
+    const Tensor& inverse, const Tensor& index, const Tensor& kind, bool gate_mlp,
+    bool scale_skipped, const OptionalTensor& next_weight, const OptionalTensor& next_bias,
+    bool check_finite) {
   const char* op = "weighted_scatter_add";
-  const Arguments a = check_arguments(op, x, residual, update, gate, inverse, kind);
+  const Arguments a = check_arguments(op, x, residual, update, gate, inverse, index, kind);
   const Options options{
       .gate_mlp = gate_mlp, .scale_skipped = scale_skipped, .check_finite = check_finite};
   Tensor out = allocate({a.rows, a.hidden}, a.x.scalar_type());
@@ -91,10 +93,11 @@ std::tuple<Tensor, Tensor, Tensor> weighted_scatter_add(
 
 std::tuple<Tensor, Tensor> weighted_scatter_add_in_place(
     const Tensor& x, const Tensor& residual, const Tensor& update, const Tensor& gate,
-    const Tensor& inverse, const Tensor& kind, bool gate_mlp, bool scale_skipped,
-    const OptionalTensor& next_weight, const OptionalTensor& next_bias, bool check_finite) {
+    const Tensor& inverse, const Tensor& index, const Tensor& kind, bool gate_mlp,
+    bool scale_skipped, const OptionalTensor& next_weight, const OptionalTensor& next_bias,
+    bool check_finite) {
   const char* op = "weighted_scatter_add_";
-  const Arguments a = check_arguments(op, x, residual, update, gate, inverse, kind);
+  const Arguments a = check_arguments(op, x, residual, update, gate, inverse, index, kind);
   check_mutable(op, "x", x, x);
   const Options options{
       .gate_mlp = gate_mlp, .scale_skipped = scale_skipped, .check_finite = check_finite};
@@ -103,11 +106,11 @@ std::tuple<Tensor, Tensor> weighted_scatter_add_in_place(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_backward(
     const Tensor& grad_out_arg, const Tensor& x, const Tensor& update, const Tensor& gate,
-    const Tensor& inverse, const Tensor& kind, bool gate_mlp, bool scale_skipped,
-    const OptionalTensor& router_weight, const OptionalTensor& logits_arg, double gate_scale,
-    int64_t activation, bool write_residual, bool zero_kept) {
+    const Tensor& inverse, const Tensor& index, const Tensor& kind, bool gate_mlp,
+    bool scale_skipped, const OptionalTensor& router_weight, const OptionalTensor& logits_arg,
+    double gate_scale, int64_t activation, bool write_residual, bool zero_kept) {
   const char* op = "weighted_scatter_add_backward";
-  const Arguments a = check_arguments(op, x, update, update, gate, inverse, kind);
+  const Arguments a = check_arguments(op, x, update, update, gate, inverse, index, kind);
   const int64_t folded = router_weight ? a.hidden : 0;
   const ScalarType acc = acc_type(a.x);
   const Tensor grad_out = matrix(op, "grad_out", grad_out_arg, a.x.scalar_type(), a.rows, a.hidden);
@@ -118,8 +121,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> weighted_scatter_add_
   const auto empty = [&](int64_t rows) { return allocate({rows, a.hidden}, a.x.scalar_type()); };
   // slots that hold no row (filler) are not visited
   const auto zeros = [&](int64_t rows) { return torch::stable::new_zeros(a.x, {rows, a.hidden}); };
-  const bool filler = std::count_if(data<int32_t>(a.inverse), data<int32_t>(a.inverse) + a.rows,
-                                    [](int32_t slot) { return slot >= 0; }) < a.slots;
+  const int32_t* slot_of = data<int32_t>(a.inverse);
+  const bool filler =
+      std::count_if(slot_of, slot_of + a.rows, [](int32_t slot) { return slot >= 0; }) < a.slots;
   Tensor grad_x = empty(a.rows);
   const int64_t written = write_residual ? a.slots : 0;
   Tensor grad_residual = filler ? zeros(written) : empty(written);

@@ -32,7 +32,6 @@ def test_the_compiled_library_is_abi3_and_lies_in_the_package() -> None:
 def test_build_info_says_how_the_library_was_built() -> None:
     info = json.loads(torch.ops.pmod.build_info())
     assert info["torch_target"] == "2.13"
-    assert info["cuda"] is False
     assert info["isa"][0] == "base"
     assert info["active_isa"] in info["isa"]
     assert info["compiler"].split()[0] in ("GNU", "Clang")

@@ -95,7 +95,7 @@ def router_scales(case: Case, bias_gradient: Callable[[Case], Tensor]) -> dict[s
 
     A bias per row has the gradient of that row's logit: the terms of the sum.
     """
-    per_row = torch.zeros(case.plan.num_rows, dtype=case.x.dtype)
+    per_row = case.x.new_zeros(case.plan.num_rows)
     bias = per_row if case.router_bias is None else per_row + case.router_bias
     terms = bias_gradient(dataclasses.replace(case, router_bias=bias)).abs()
     by_column = terms @ case.x.double().abs()
@@ -117,12 +117,12 @@ def run(
         routing = in_precision(routing, dtype)
     outputs = op.public(module, t, routing, case)
     generator = torch.Generator().manual_seed(7)
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=case.x.device)
     for out in outputs:
         cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64)
         if case.sample.finite:
             # the cotangent is what the row dtype can hold, in every dtype
-            cotangent = cotangent.to(case.x.dtype)
+            cotangent = cotangent.to(case.x)
             loss = loss + (out * cotangent.to(out.dtype)).sum().double()
     grads = (
         list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
@@ -132,9 +132,9 @@ def run(
     return outputs, grads
 
 
-def check_values(op: Op, sample: Sample, dtype: torch.dtype) -> None:
+def check_values(op: Op, sample: Sample, dtype: torch.dtype, device: str = "cpu") -> None:
     """Outputs and gradients are as near to float64 as those of eager PyTorch, up to a factor of two."""
-    case = sample.make(dtype)
+    case = sample.make(dtype, device)
     routing = routing_of(case)
     ours, our_grads = run(op, pmod_ops, case, routing)
     eager, eager_grads = run(op, reference, case, routing, eager_dtype(dtype))
@@ -226,4 +226,4 @@ def zeros_like_x(case: Case) -> Tensor:
 
 
 def acc_zeros(case: Case, *shape: int) -> Tensor:
-    return torch.zeros(*shape, dtype=acc_dtype(case.x.dtype))
+    return case.x.new_zeros(*shape, dtype=acc_dtype(case.x.dtype))

@@ -59,7 +59,7 @@ def gradients(out, leaves):
     return torch.autograd.grad(
         out,
         list(leaves.values()),
-        cotangent.to(out.dtype),
+        cotangent.to(out),
         allow_unused=True,
         materialize_grads=True,
     )
@@ -75,7 +75,11 @@ def bias_gradient(case, routing):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sample", finite(TABLE), ids=str)
 def test_gradients_of_a_layer(sample, dtype, chained):
-    case = sample.make(dtype)
+    check_layer(sample, dtype, chained)
+
+
+def check_layer(sample, dtype, chained, device="cpu"):
+    case = sample.make(dtype, device)
     routing = routing_of(case)
     ours = leaves_of(case)
     out = glue(pmod_ops, ours, case, chained)

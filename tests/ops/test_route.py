@@ -31,6 +31,7 @@ def sizes(case):
         plan.k(LAYER),
         plan.slot_start(LAYER, sample.layout),
         plan.num_slots(LAYER, sample.layout),
+        plan.max_length,
         gate["gate_scale"],
         gate["gate_bias"],
         ACTIVATIONS.index(gate["activation"]),
@@ -167,7 +168,7 @@ def test_all_small_selections_of_three_values():
             plan = RoutingPlan.from_counts(
                 torch.ones(5, dtype=torch.uint8), [0, 5], [5], [0], {0: min(1.0, (k + 0.1) / 5)}
             )
-            _, index, _ = torch.ops.pmod.select(
+            _, index, *_ = torch.ops.pmod.select(
                 logits,
                 plan.kind,
                 plan.cu_seqlens,
@@ -175,6 +176,7 @@ def test_all_small_selections_of_three_values():
                 plan.k(0),
                 plan.slot_start(0),
                 k,
+                5,
                 1.0,
                 1.0,
                 1,

@@ -33,7 +33,7 @@ def raw(t, routing, case):
         arguments = (*leaves[:3], *sizes(case), leaves[3], EPS)
         calls.append((torch.ops.pmod.route_gather.default, arguments))
         with torch.no_grad():
-            logits, gate, index, inverse, rows, rstd = torch.ops.pmod.route_gather(*arguments)
+            logits, gate, index, inverse, rows, rstd, _ = torch.ops.pmod.route_gather(*arguments)
         given = logits.clone().requires_grad_()
         arguments = (leaves[0], given, *sizes(case), leaves[3], EPS)
         calls.append((torch.ops.pmod.select_gather.default, arguments))

@@ -25,7 +25,7 @@ def raw(t, routing, case):
     hidden = t.x.shape[1]
     flags = [case.sample.scatter.get(name, True) for name in ("gate_mlp", "scale_skipped")]
     residual, update = t.residual.reshape(-1, hidden), t.update.reshape(-1, hidden)
-    maps = (routing.inverse, routing.kind)
+    maps = (routing.inverse, routing.index, routing.kind)
     leaves = [s.detach().clone().requires_grad_() for s in (t.x, residual, update, t.gate)]
     router = (t.router_weight.clone(), case.router_bias)
     backward = (t.x.flip(0), t.x, update, t.gate, *maps, *flags)
