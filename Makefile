@@ -18,11 +18,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 PYTEST := $(BIN)/pytest -n logical --maxprocesses 4
 PY_SOURCES := $(wildcard pmod_ops pmod_model tests bench tools setup.py)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CUDA_SOURCES := $(shell find csrc/cuda -name '*.cu' -o -name '*.cuh')
 CXX_TESTS := $(shell find tests/cpp -name '*.cpp' -o -name '*.h')
-BUILD_INPUTS := $(CXX_SOURCES) CMakeLists.txt setup.py pyproject.toml tools/backend.py \
-	tools/toolchain.py tools/torchfind.py
+BUILD_INPUTS := $(CXX_SOURCES) $(CUDA_SOURCES) CMakeLists.txt setup.py pyproject.toml \
+	tools/backend.py tools/nvcc.py tools/toolchain.py tools/torchfind.py
 
-.PHONY: help demo test lint bench bench-baseline format check-all check-all-status clean
+.PHONY: help demo test emulated test-emulator mutate gpu lint bench bench-baseline format check-all check-all-status clean
 .PHONY: test-cpp test-aarch64 sanitize sanitize-ops sanitize-cpp sanitize-threads
 
 help:  ## list the commands
@@ -39,8 +40,26 @@ demo: $(VENV)/.installed  ## train p-MoD and a dense twin on easy-VQA and write 
 		--prompt "is there a circle?"
 	$(BIN)/pmod report build/demo/pmod build/demo/dense --output build/demo/report.html
 
-test: $(VENV)/.installed  ## run the tests on the CPU
+test: $(VENV)/.installed emulated  ## run the tests on the CPU, the CUDA kernels emulated
 	$(PYTEST) $(ARGS)
+
+# The CUDA kernels compiled for the CPU, with the torch of the environment.
+emulated: $(VENV)/.installed
+	cmake -S . -B build/emulated -G Ninja -U 'PMOD_*' -DPMOD_EMULATED=ON $(PMOD_CMAKE_ARGS) \
+		-DPMOD_TORCH_DIR="$$($(BIN)/python -c 'import importlib.util as u; \
+			print(u.find_spec("torch").submodule_search_locations[0])')" \
+		-DPMOD_PYTHON_INCLUDE="$$($(BIN)/python -c 'import sysconfig; \
+			print(sysconfig.get_path("include"))')" $(EMULATED_ARGS)
+	cmake --build build/emulated --parallel "$$(nproc)"
+
+test-emulator: emulated  ## run the C++ tests of the emulator and of the emulated CUDA kernels
+	ctest --test-dir build/emulated --verbose --parallel "$$(nproc)"
+
+mutate: emulated  ## change the CUDA kernels in one place after the other: do the tests notice?
+	$(BIN)/python tools/mutate.py $(ARGS)
+
+gpu: $(VENV)/.installed  ## test and time everything on a GPU in ten minutes: build/gpu/report.md
+	$(BIN)/python tools/gpu.py $(ARGS)
 
 # A shell command that fails and says what to install if a program is missing.
 need = command -v $(1) >/dev/null || { echo "$(1) not found; install it: $(2)" >&2; exit 1; }
@@ -94,7 +113,7 @@ lint: $(VENV)/.installed  ## check formatting, style, types and C++ with every l
 	$(BIN)/codespell
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES) $(CXX_TESTS)
-	$(BIN)/run-clang-tidy.py -quiet -p build/cmake -clang-tidy-binary $(BIN)/clang-tidy csrc/
+	$(BIN)/run-clang-tidy.py -quiet -p build/cmake -clang-tidy-binary $(BIN)/clang-tidy 'csrc/.*\.cpp$$'
 
 # Memory that is freed stays with the process, for every side: mapping it afresh costs more than the
 # copy itself. The default of glibc is measured apart, on a few shapes, if ARGS is empty. Threads are
