@@ -44,7 +44,7 @@ def gradient(cell: Cell) -> Contest:
     copies = p.copies("x", "grad_rows", moved=moved)
     parameters = (p.weight, p.bias, p.norm_weight)
     require_grad(*parameters, *(rows.x for rows in copies))
-    grad_gate = torch.randn(cell.rows, generator=p.generator)
+    grad_gate = p.normal(cell.rows, dtype=torch.float32)
 
     def timed(function: Candidate, grad_gate: Tensor) -> Candidate:
         return backward(

@@ -15,8 +15,14 @@ from pmod_ops.testing import Sample
 BF16, FP32 = torch.bfloat16, torch.float32
 RATIOS = (0.85, 0.5, 0.15)
 THREADS = (1, 2)
-# Text and vision rows of a sequence. "nX" is a sequence of X routable rows alone.
-GEOMETRIES = {"llava15": (60, 576), "llava_next": (60, 2880), "video": (60, 32768)}
+# Text and vision rows of a sequence. "nX" is a sequence of X routable rows alone. "tiny" is for
+# calling everything once, not for timing.
+GEOMETRIES = {
+    "llava15": (60, 576),
+    "llava_next": (60, 2880),
+    "video": (60, 32768),
+    "tiny": (4, 24),
+}
 BATCHES = (("llava15", 1), ("llava15", 8), ("llava_next", 1), ("llava_next", 8), ("video", 1))
 
 
@@ -31,6 +37,7 @@ class Cell:
     hidden: int = 4096
     dtype: torch.dtype = BF16
     threads: int = 1
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return (
@@ -88,7 +95,7 @@ class Cell:
     def plan(self) -> RoutingPlan:
         """The routing plan of the batch."""
         sequence = f"t{self.text} v{self.vision}"
-        return Sample("bench", (sequence,) * self.batch, self.ratio).plan()
+        return Sample("bench", (sequence,) * self.batch, self.ratio).plan(self.device)
 
 
 def over(cells: Iterable[Cell]) -> pytest.MarkDecorator:

@@ -58,10 +58,10 @@ class Problem:
 
     def __init__(self, cell: Cell) -> None:
         self.cell, self.plan = cell, cell.plan()
-        self.generator = torch.Generator().manual_seed(cell.rows * cell.hidden)
+        self.generator = torch.Generator(cell.device).manual_seed(cell.rows * cell.hidden)
         hidden, dtype = cell.hidden, cell.dtype
         self.weight = (self.normal(hidden, dtype=torch.float32) / hidden**0.5).to(dtype)
-        self.bias = torch.full((1,), 0.125, dtype=dtype)
+        self.bias = torch.full((1,), 0.125, dtype=dtype, device=cell.device)
         self.norm_weight = self.normal(hidden)
         self.x = self._scored_rows()
         with torch.no_grad():
@@ -71,28 +71,34 @@ class Problem:
         self.gate = self.routing.gate.to(dtype)
         shape = (cell.batch, cell.length)
         self.target = (self.plan.kind == ROUTABLE).view(shape)
-        self.valid = torch.ones(shape, dtype=torch.bool)
-        self.positions = torch.arange(cell.length).expand(shape)
+        self.valid = torch.ones(shape, dtype=torch.bool, device=cell.device)
+        self.positions = torch.arange(cell.length, device=cell.device).expand(shape)
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal values of the cell's dtype."""
-        return torch.randn(*shape, generator=self.generator, dtype=dtype or self.cell.dtype)
+        """Normal values of the cell's dtype, on its device."""
+        given = {"dtype": dtype or self.cell.dtype, "device": self.cell.device}
+        return torch.randn(*shape, generator=self.generator, **given)
 
     def _scored_rows(self) -> Tensor:
         cell, weight = self.cell, self.weight.float()
-        x = torch.empty(cell.batch, cell.length, cell.hidden, dtype=cell.dtype)
+        x = torch.empty(cell.batch, cell.length, cell.hidden, dtype=cell.dtype, device=cell.device)
         for sequence in x:
             rows = self.normal(cell.length, cell.hidden, dtype=torch.float32)
             vision = rows[cell.text :]
             wanted = (1 + 0.1 * self.normal(cell.vision, dtype=torch.float32)).clamp(0.6, 1.4)
-            wanted[torch.randperm(cell.vision, generator=self.generator)[cell.k :]] *= -1
+            order = torch.randperm(cell.vision, generator=self.generator, device=cell.device)
+            wanted[order[cell.k :]] *= -1
             step = (wanted - self.bias.float() - vision @ weight) / (weight @ weight)
             vision.addcmul_(step[:, None], weight)
             sequence.copy_(rows)
         return x
 
     def copies(self, *names: str, moved: int) -> list[Rows]:
-        """Copies of the named tensors whose sum exceeds twice the last-level cache."""
+        """Copies of the named tensors whose sum exceeds twice the last-level cache.
+
+        One on a GPU, whose cache is small enough to be emptied before every call, and of what is
+        not timed.
+        """
         cell = self.cell
         kept, every = (cell.kept, cell.hidden), (cell.rows, cell.hidden)
         make = {
@@ -103,11 +109,13 @@ class Problem:
             "grad_out": lambda: self.normal(*every),
             "scratch": lambda: self.x.clone(),
         }
-        empty = torch.empty(0, dtype=cell.dtype)
+        empty = torch.empty(0, dtype=cell.dtype, device=cell.device)
         tensors = {name: make[name]() if name in names else empty for name in make}
-        source = torch.ones(moved // (2 * cell.dtype.itemsize), dtype=cell.dtype)
+        half = moved // (2 * cell.dtype.itemsize)
+        source = torch.ones(half, dtype=cell.dtype, device=cell.device)
         first = Rows(**tensors, source=source)
         read = nbytes(*first.tensors()) - nbytes(source, first.scratch)
-        count = ceil(2 * last_level_cache() / read) if read else 1
+        rotated = read > 0 and cell.device == "cpu" and cell.geometry != "tiny"
+        count = ceil(2 * last_level_cache() / read) if rotated else 1
         clones = [Rows(*(t.clone() for t in first.tensors())) for _ in range(count - 1)]
         return [first, *clones]

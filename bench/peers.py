@@ -55,7 +55,7 @@ def official(
     gate = torch.tanh(logits) * 0.2 + 1
     most = int(k.max().item())
     chosen = gate.topk(most, dim=1).indices
-    within = torch.arange(most)[None] < k[:, None]
+    within = torch.arange(most, device=x.device)[None] < k[:, None]
     keep = torch.full_like(target, False).scatter_(1, chosen, within)
     keep = keep.clone() | (~target & valid)
     hidden = x.clone()
@@ -63,7 +63,7 @@ def official(
     rows = pad_sequence(list(x[keep].split(lengths.tolist())), batch_first=True)
     positions = problem.positions[keep].split(lengths.tolist())
     pad_sequence(list(positions), batch_first=True)
-    mask = torch.arange(rows.shape[1])[None] < lengths[:, None]
+    mask = torch.arange(rows.shape[1], device=x.device)[None] < lengths[:, None]
     padded = 0 in mask
     rows = llama_rmsnorm(rows, norm_weight)
     residual, update = (t.view(rows.shape) for t in (residual, update))
@@ -77,18 +77,19 @@ def official(
 
 def choose(x: Tensor, weight: Tensor, bias: Tensor, text: int, k: int) -> tuple[Tensor, Tensor]:
     """Weights [N] and kept rows [K], where text comes first and k is known: no mask, no sync."""
-    batch, length, _ = x.shape
+    (batch, length, _), device = x.shape, x.device
     logits = F.linear(x[:, text:], weight[None], bias).squeeze(-1)
     gate = F.pad(torch.tanh(logits) * 0.2 + 1, (text, 0), value=1.0).flatten()
     best = logits.detach().topk(k, sorted=False).indices.sort().values + text
-    kept = torch.cat([torch.arange(text).expand(batch, text), best], 1)
-    return gate, (kept + torch.arange(batch)[:, None] * length).flatten()
+    always = torch.arange(text, device=device).expand(batch, text)
+    first = torch.arange(batch, device=device)[:, None] * length
+    return gate, (torch.cat([always, best], 1) + first).flatten()
 
 
 def inverse_of(kept: Tensor, num_rows: int) -> Tensor:
     """The slot of every row, -1 where it is not kept."""
-    slots = torch.full((num_rows,), -1)
-    return slots.index_copy(0, kept, torch.arange(len(kept)))
+    slots = torch.full((num_rows,), -1, device=kept.device)
+    return slots.index_copy(0, kept, torch.arange(len(kept), device=kept.device))
 
 
 def scatter_copy(x: Tensor, residual: Tensor, update: Tensor, gate: Tensor, kept: Tensor) -> Tensor:

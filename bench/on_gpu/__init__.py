@@ -1,0 +1,1 @@
+"""Everything that `make gpu` does on a GPU: facts, tests, sanitizers, timings, a report."""
