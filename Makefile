@@ -95,7 +95,7 @@ sanitize-ops: SANITIZED := $(abspath build/sanitized)
 sanitize-ops: RUNTIMES = $(shell $${CXX:-c++} -print-file-name=libasan.so) \
 	$(shell $${CXX:-c++} -print-file-name=libubsan.so)
 sanitize-ops: $(VENV)/.installed
-	PMOD_CMAKE_ARGS="$(PMOD_CMAKE_ARGS) '-DPMOD_SANITIZE=address;undefined'" \
+	PMOD_CUDA=0 PMOD_CMAKE_ARGS="$(PMOD_CMAKE_ARGS) '-DPMOD_SANITIZE=address;undefined'" \
 		$(PIP) --no-deps --no-build-isolation --upgrade --target $(SANITIZED) .
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(RUNTIMES)" \
 		$(PYTEST) tests/ops tests/build/test_installed_package.py \
