@@ -53,7 +53,7 @@ emulated: $(VENV)/.installed
 	cmake --build build/emulated --parallel "$$(nproc)"
 
 test-emulator: emulated  ## run the C++ tests of the emulator and of the emulated CUDA kernels
-	ctest --test-dir build/emulated --verbose --parallel "$$(nproc)"
+	ctest --test-dir build/emulated --no-tests=error --verbose --parallel "$$(nproc)"
 
 mutate: emulated  ## change the CUDA kernels in one place after the other: do the tests notice?
 	$(BIN)/python tools/mutate.py $(ARGS)
