@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,16 +41,14 @@ class CMakeBuild(build_ext):
             toolchain.compiler()
             include = toolchain.python_include()
             torch = torchfind.find()
+            cmake, ninja = toolchain.program("cmake"), toolchain.program("ninja")
         except RuntimeError as error:
             sys.exit(str(error))
         if torch is None:
             sys.exit(f"pmod: no torch found; install one first: pip install {torchfind.FALLBACK}")
-        ninja = shutil.which("ninja")
-        if ninja is None or shutil.which("cmake") is None:
-            sys.exit("pmod: cmake or ninja not found; install them: pip install cmake ninja")
         tree = ROOT / "build" / "cmake" if self.editable_mode else Path(self.build_temp).resolve()
         print(f"pmod: building against torch {torch.version} in {torch.folder}")
-        configure = ["cmake", "-S", str(ROOT), "-B", str(tree), "-G", "Ninja"]
+        configure = [cmake, "-S", str(ROOT), "-B", str(tree), "-G", "Ninja"]
         # What CMake cached does not carry over: not the options of an earlier build, and not its
         # Ninja, which may be gone with its environment.
         configure += ["-U", "PMOD_*"]
@@ -60,10 +57,11 @@ class CMakeBuild(build_ext):
         configure += cuda
         configure += shlex.split(os.environ.get("PMOD_CMAKE_ARGS", ""))
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parents[1]
-        install = ["cmake", "--install", str(tree), "--prefix", str(output)]
-        for command in (configure, ["cmake", "--build", str(tree)], install):
+        install = [cmake, "--install", str(tree), "--prefix", str(output)]
+        for command in (configure, [cmake, "--build", str(tree)], install):
             if subprocess.run(command, check=False).returncode:
-                hint = "; without the CUDA kernels: PMOD_CUDA=0" if with_cuda else ""
+                hint = "; try a newer CMake (pip install --upgrade cmake), or PMOD_CUDA=0"
+                hint = hint if with_cuda else ""
                 sys.exit(f"pmod: the build failed in: {shlex.join(command)}{hint}")
 
 

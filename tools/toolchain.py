@@ -38,6 +38,20 @@ def compiler() -> str:
     raise RuntimeError(NO_COMPILER.format(looked=looked))
 
 
+def program(name: str) -> str:
+    """Returns the path of a build tool: what pip installed beside this Python, else on PATH.
+
+    A virtual environment need not be activated, and PATH often has an older CMake than PyPI.
+
+    Raises:
+        RuntimeError: if there is none.
+    """
+    for folders in (sysconfig.get_path("scripts"), None):
+        if path := shutil.which(name, path=folders):
+            return path
+    raise RuntimeError(f"pmod: {name} not found; install it: pip install {name}")
+
+
 def python_include() -> Path:
     """Returns the folder of Python.h.
 

@@ -79,3 +79,19 @@ def test_missing_python_headers_name_the_package(
     monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(RuntimeError, match="apt install python3-dev"):
         toolchain.python_include()
+
+
+def test_tools_beside_python_come_before_those_on_path(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for folder in ("scripts", "bin"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "cmake").touch(mode=0o755)
+    monkeypatch.setattr(toolchain.sysconfig, "get_path", lambda name: str(tmp_path / name))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert toolchain.program("cmake") == str(tmp_path / "scripts" / "cmake")
+    (tmp_path / "scripts" / "cmake").unlink()
+    assert toolchain.program("cmake") == str(tmp_path / "bin" / "cmake")
+    (tmp_path / "bin" / "cmake").unlink()
+    with pytest.raises(RuntimeError, match="pip install cmake"):
+        toolchain.program("cmake")
