@@ -127,17 +127,23 @@ class Engine {
     return launch_->seed == 0 ? __builtin_ctz(mask) : block.random.bit_of(mask);
   }
 
-  // From the fiber of `me` to the one that goes next: of its warp, unless the schedule is a random
-  // one in which others come between.
   SIMT_UNINSTRUMENTED void leave(Thread& me, bool for_ever) {
+    Fiber& next = successor(me);
+    if (for_ever) happens_before(&ended_);
+    if (&next != &me.fiber) me.fiber.switch_to(next, for_ever);
+  }
+
+  // The fiber that goes next: one of the same warp, unless the schedule is a random one in which
+  // others come between.
+  Fiber& successor(Thread& me) {
+    const Unwatched quiet;
     const uint32_t ready = me.warp->ready;
     Block& block = *me.block;
-    if (ready != 0 && !failed_ && !unwinding_ && (launch_->seed == 0 || block.runs_ahead())) {
-      current = &me.warp->threads[choose(block, ready)];
-      if (current != &me) me.fiber.switch_to(current->fiber, for_ever);
-    } else {
-      me.fiber.switch_to(scheduler_, for_ever);
+    if (ready == 0 || failed_ || unwinding_ || (launch_->seed != 0 && !block.runs_ahead())) {
+      return scheduler_;
     }
+    current = &me.warp->threads[choose(block, ready)];
+    return current->fiber;
   }
 
   // Nobody in the block can run: it is finished, all are at a barrier, or it is stuck.
@@ -228,7 +234,6 @@ class Engine {
     } catch (const std::exception& exception) {
       error = exception.what();
     }
-    happens_before(&ended_);
     me.state = State::kDone;
     me.warp->ready &= ~(1U << me.lane);
     ++me.block->done;
