@@ -23,8 +23,9 @@ CXX_TESTS := $(shell find tests/cpp -name '*.cpp' -o -name '*.h')
 BUILD_INPUTS := $(CXX_SOURCES) $(CUDA_SOURCES) CMakeLists.txt setup.py pyproject.toml \
 	tools/backend.py tools/nvcc.py tools/toolchain.py tools/torchfind.py
 
-.PHONY: help demo test emulated test-emulator mutate gpu lint bench bench-baseline format check-all check-all-status clean
-.PHONY: test-cpp test-aarch64 sanitize sanitize-ops sanitize-cpp sanitize-threads
+.PHONY: help demo test emulated test-emulator coverage mutate gpu lint bench bench-baseline format
+.PHONY: check-all check-all-status clean test-cpp test-aarch64 sanitize sanitize-ops sanitize-cpp
+.PHONY: sanitize-threads sanitize-emulated sanitize-emulated-threads
 
 help:  ## list the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | \
@@ -43,19 +44,32 @@ demo: $(VENV)/.installed  ## train p-MoD and a dense twin on easy-VQA and write 
 test: $(VENV)/.installed emulated  ## run the tests on the CPU, the CUDA kernels emulated
 	$(PYTEST) $(ARGS)
 
-# The CUDA kernels compiled for the CPU, with the torch of the environment.
+# Builds the CUDA kernels for the CPU, with the torch of the environment, in a folder, with more
+# options for CMake.
+define build-emulated
+cmake -S . -B $(1) -G Ninja -U 'PMOD_*' -DPMOD_EMULATED=ON $(PMOD_CMAKE_ARGS) \
+	-DPMOD_TORCH_DIR="$$($(BIN)/python -c 'import importlib.util as u; \
+		print(u.find_spec("torch").submodule_search_locations[0])')" \
+	-DPMOD_PYTHON_INCLUDE="$$($(BIN)/python -c 'import sysconfig; \
+		print(sysconfig.get_path("include"))')" $(2)
+cmake --build $(1) --parallel "$$(nproc)"
+endef
+MODULE := tests/emulator/pmod_emulated.so
+
 emulated: $(VENV)/.installed
-	cmake -S . -B build/emulated -G Ninja -U 'PMOD_*' -DPMOD_EMULATED=ON $(PMOD_CMAKE_ARGS) \
-		-DPMOD_TORCH_DIR="$$($(BIN)/python -c 'import importlib.util as u; \
-			print(u.find_spec("torch").submodule_search_locations[0])')" \
-		-DPMOD_PYTHON_INCLUDE="$$($(BIN)/python -c 'import sysconfig; \
-			print(sysconfig.get_path("include"))')" $(EMULATED_ARGS)
-	cmake --build build/emulated --parallel "$$(nproc)"
+	$(call build-emulated,build/emulated,)
 
 test-emulator: emulated  ## run the C++ tests of the emulator and of the emulated CUDA kernels
-	ctest --test-dir build/emulated --no-tests=error --verbose --parallel "$$(nproc)"
+	$(call ctest,build/emulated)
 
-mutate: emulated  ## change the CUDA kernels in one place after the other: do the tests notice?
+coverage: $(VENV)/.installed  ## run all tests of the emulated CUDA kernels: which lines do they reach?
+	$(call build-emulated,build/coverage,-DPMOD_COVERAGE=ON)
+	find build/coverage -name '*.gcda' -delete
+	$(call ctest,build/coverage)
+	PMOD_EMULATED_MODULE=build/coverage/$(MODULE) $(PYTEST) tests/emulated $(ARGS)
+	$(BIN)/python tools/cuda_coverage.py build/coverage
+
+mutate: $(VENV)/.installed  ## change the CUDA kernels in one place after the other: do the tests notice?
 	$(BIN)/python tools/mutate.py $(ARGS)
 
 gpu: $(VENV)/.installed  ## test and time everything on a GPU in ten minutes: build/gpu/report.md
@@ -73,8 +87,9 @@ define cpp-tests
 cmake -S . -B $(1) -G Ninja -U 'PMOD_*' -DCMAKE_MAKE_PROGRAM="$$(command -v ninja)" \
 	-DPMOD_CPP_TESTS=ON $(PMOD_CMAKE_ARGS) $(2)
 cmake --build $(1) --parallel "$$(nproc)"
-ctest --test-dir $(1) --verbose --parallel "$$(nproc)"
+$(call ctest,$(1))
 endef
+ctest = ctest --test-dir $(1) --no-tests=error --verbose --parallel "$$(nproc)"
 
 test-cpp:  ## build and run the tests of the C++ code that knows no tensors; needs no torch
 	$(call cpp-tests,build/cpp)
@@ -88,17 +103,18 @@ test-aarch64: test-cpp  ## the same for 64-bit ARM: cross-compiled, run in an em
 	cmp build/cpp/bits.txt build/cpp-aarch64/bits.txt
 
 sanitize: sanitize-ops sanitize-cpp sanitize-threads  ## run op and C++ tests under ASan, UBSan, TSan
+sanitize: sanitize-emulated sanitize-emulated-threads
+
+UNDER_ASAN = ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) \
+	$$($${CXX:-c++} -print-file-name=libubsan.so)"
 
 # The second file proves that it is the sanitized package that is tested. No search for leaks: the
 # interpreter itself has some.
 sanitize-ops: SANITIZED := $(abspath build/sanitized)
-sanitize-ops: RUNTIMES = $(shell $${CXX:-c++} -print-file-name=libasan.so) \
-	$(shell $${CXX:-c++} -print-file-name=libubsan.so)
 sanitize-ops: $(VENV)/.installed
 	PMOD_CUDA=0 PMOD_CMAKE_ARGS="$(PMOD_CMAKE_ARGS) '-DPMOD_SANITIZE=address;undefined'" \
 		$(PIP) --no-deps --no-build-isolation --upgrade --target $(SANITIZED) .
-	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$(RUNTIMES)" \
-		$(PYTEST) tests/ops tests/build/test_installed_package.py \
+	PYTHONPATH=$(SANITIZED) $(UNDER_ASAN) $(PYTEST) tests/ops tests/build/test_installed_package.py \
 			-m 'not compile and not slow' $(ARGS)
 
 sanitize-cpp:
@@ -106,6 +122,16 @@ sanitize-cpp:
 
 sanitize-threads:
 	$(call cpp-tests,build/cpp-thread,-DPMOD_SANITIZE=thread)
+
+sanitize-emulated: $(VENV)/.installed
+	$(call build-emulated,build/emulated-address,'-DPMOD_SANITIZE=address;undefined')
+	$(call ctest,build/emulated-address)
+	PMOD_EMULATED_MODULE=build/emulated-address/$(MODULE) $(UNDER_ASAN) $(PYTEST) tests/emulated $(ARGS)
+
+# Races between CUDA threads: only their barriers and atomics order what they do.
+sanitize-emulated-threads: $(VENV)/.installed
+	$(call build-emulated,build/emulated-thread,-DPMOD_SANITIZE=thread)
+	$(call ctest,build/emulated-thread)
 
 lint: $(VENV)/.installed  ## check formatting, style, types and C++ with every linter
 	$(BIN)/ruff format --check $(PY_SOURCES)

@@ -112,9 +112,20 @@ def pytest_step(name: str, *arguments: str, env: Mapping[str, str] = {}) -> dict
 
 
 def check_sanitized() -> dict[str, int]:
-    """Runs the op tests and the C++ tests under sanitizers; returns the counts of the op tests."""
+    """Runs everything under sanitizers; returns the counts of the op tests."""
     report = WORK / "sanitized.xml"
-    run("make", "sanitize", f"ARGS=--junitxml={report}")
+    run("make", "sanitize-ops", f"ARGS=--junitxml={report}")
+    run(
+        "make", "sanitize-cpp", "sanitize-threads", "sanitize-emulated", "sanitize-emulated-threads"
+    )
+    return count_tests(report)
+
+
+def check_emulated() -> dict[str, int]:
+    """Runs all tests of the CUDA kernels; checks their coverage and the record of mutants."""
+    report = WORK / "emulated.xml"
+    run("make", "coverage", f"ARGS=--junitxml={report}")
+    run(sys.executable, "tools/mutate.py", "--check")
     return count_tests(report)
 
 
@@ -166,6 +177,7 @@ def main() -> None:
     steps: dict[str, Callable[[], dict[str, int]]] = {
         "lint": lambda: run("make", "lint") or {},
         "tests": lambda: pytest_step("tests"),
+        "emulated CUDA kernels, their coverage and mutants": check_emulated,
         "sanitized tests": check_sanitized,
         "C++ tests, x86 and ARM": lambda: run("make", "test-aarch64") or {},
         "fresh installs": lambda: check_fresh_install(arguments.torch),
