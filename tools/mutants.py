@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ TOKEN = re.compile(
     re.VERBOSE | re.DOTALL | re.MULTILINE,
 )
 BARRIERS = ("__syncthreads", "__syncwarp", "wait_for_predecessor")
+COMPARISONS = ("<", "<=", ">", ">=", "==", "!=")
 OPPOSITE = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "+": "-", "-": "+"}
 UNROLLED = re.compile(r"#pragma unroll\s*\Z")  # before the loop
 CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -80,9 +81,14 @@ class Mutant(NamedTuple):
         """What a reason that was written for this mutant is found by."""
         return self.file, self.text, self.kind, self.occurrence
 
-    def apply(self, source: str) -> str:
-        """Returns the source with the change made."""
-        return source[: self.begin] + self.after + source[self.begin + len(self.before) :]
+    def woven(self, number: int) -> tuple[str, str, str]:
+        """What stands before, for and after its text where tests/emulator/mutant.h switches it."""
+        if self.kind == "barrier":
+            return f"(::mutant::acts<{number}>() ? void() : ", self.before, ")"
+        if self.kind in ("comparison", "sign"):
+            return f"{self.before} ::mutant::Other<{number}>{{}} ", self.before, ""
+        by = self.after[-len("- 1") :][0]
+        return "(", self.before, f") {by} ::mutant::step<{number}>()"
 
     def __str__(self) -> str:
         change = f"`{self.before}` -> `{self.after}`" if self.after else f"without `{self.before}`"
@@ -228,7 +234,7 @@ def bounds(code: Code) -> Iterator[Change]:
         begin = code.find(i + 2, ";", ":")
         end = code.find(begin + 1, ";")
         for operator in range(begin, end):
-            if code.text(operator) in OPPOSITE and code.is_spaced(operator):
+            if code.text(operator) in COMPARISONS and code.is_spaced(operator):
                 by = "-" if code.text(operator) in ("<", "<=") else "+"
                 first, last = operator + 1, end - 1
                 after = shifted(code, first, last, by)
@@ -238,7 +244,7 @@ def bounds(code: Code) -> Iterator[Change]:
 
 GENERATORS: Sequence[Callable[[Code], Iterator[Change]]] = (
     barriers,
-    operators("comparison", "<", "<=", ">", ">=", "==", "!="),
+    operators("comparison", *COMPARISONS),
     subscripts,
     bounds,
     operators("sign", "+", "-"),
@@ -270,6 +276,22 @@ def mutants_of(file: str, source: str) -> list[Mutant]:
             )
         )
     return found
+
+
+def weave(source: str, numbered: Mapping[int, Mutant]) -> str:
+    """Returns the source with mutants of it, each of which acts where its number is asked for."""
+    inserted: list[tuple[int, str]] = []  # innermost last where one ends and first where it begins
+    for number, mutant in numbered.items():
+        before, _, after = mutant.woven(number)
+        end = mutant.begin + len(mutant.before)
+        inserted += [(mutant.begin, before), (end, after)]
+    include = source.index("#pragma once\n") + len("#pragma once\n")
+    inserted.append((include, '#include "mutant.h"\n'))
+    woven, done = [], 0
+    for place, text in sorted(inserted, key=lambda pair: pair[0]):
+        woven += [source[done:place], text]
+        done = place
+    return "".join([*woven, source[done:]])
 
 
 def mutants_in(folder: Path) -> list[Mutant]:

@@ -1,10 +1,11 @@
 """Counts how many small changes of the CUDA kernels the tests notice (`make mutate`).
 
-Each mutant (tools/mutants.py) is built in a copy of the sources and run in the emulator: the
-programs of tests/cuda, in one order of threads after the other, and, if none fails, tests/emulated.
-A mutant is killed if a test fails, crashes or takes much longer than usual. This takes hours; what
-is done is kept in build/mutation, so that --resume goes on after an interruption, or runs survivors
-again after tests were added.
+A copy of the sources is built that holds all mutants (tools/mutants.py, tests/emulator/mutant.h).
+Each is run in the emulator by the tests that come by it: the programs of tests/cuda, in one order
+of threads after the other, and, if none fails, tests/emulated. A mutant is killed if a test fails,
+crashes or takes much longer than usual. This takes an hour; what is done is kept in build/mutation,
+so that --resume goes on after an interruption, or, after tests were added, runs the survivors again
+that have no reason yet.
 
 The record is docs/mutation.json (tools/mutation_record.py). To every survivor belongs a `reason`,
 written into the record by hand: what test could kill it, or why none can, and then `equivalent` is
@@ -17,6 +18,7 @@ import argparse
 import json
 import os
 import queue
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,16 +33,18 @@ from typing import NamedTuple
 
 import mutation_record
 import torchfind
-from mutants import Mutant, mutants_in
+from mutants import Mutant, mutants_in, weave
 from mutation_record import KERNELS, ROOT, Result, kernel_hash
 from toolchain import python_include
 
 WORK = ROOT / "build" / "mutation"
-RESULTS = WORK / "results.jsonl"
+TREE, BUILD, RESULTS = WORK / "tree", WORK / "build", WORK / "results.jsonl"
 COPIED = ("csrc", "tests/cpp", "tests/cuda", "tests/emulator", "CMakeLists.txt")
 PROGRAMS, MODULE = "tests/emulator/pmod_cuda_*_test", "tests/emulator/pmod_emulated.so"
 FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # tells nothing
-SEEDS = (0, 1, 2)  # orders of threads; 0: as they are numbered
+NO_CODE, NO_CODE_VERDICT = 77, "does not compile"  # the sum of two pointers (mutant.h)
+SEEDS = (0, 1)  # orders of threads; 0: as they are numbered
+REACHED = WORK / "reached.txt"
 
 
 class Step(NamedTuple):
@@ -74,62 +78,86 @@ def quietly(command: Sequence[str | Path], seconds: float | None, **env: str) ->
     return done.returncode
 
 
-def copy_changed(source: Path, target: Path) -> None:
-    """Makes a folder or file equal to another one; what is equal already keeps its time."""
+def copy_changed(source: Path, target: Path, instead: Mapping[str, str]) -> None:
+    """Makes a folder or file equal to another one; what is equal already keeps its time.
+
+    `instead`: text for files of these names.
+    """
     files = [f for f in source.rglob("*") if f.is_file()] if source.is_dir() else [source]
     copies = {target / f.relative_to(source): f for f in files}
     for old in set(target.rglob("*")) - set(copies):
         if old.is_file():
             old.unlink()
     for copy, file in copies.items():
-        if not copy.is_file() or copy.read_bytes() != file.read_bytes():
+        content = instead[file.name].encode() if file.name in instead else file.read_bytes()
+        if not copy.is_file() or copy.read_bytes() != content:
             copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+            copy.write_bytes(content)
 
 
-class Worker:
-    """A copy of the sources and its build, for one mutant after the other."""
+def cpu_seconds() -> float:
+    """Processor time of the commands that have run: the machine may do other things, too."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
-    def __init__(self, number: int) -> None:
-        self.tree = WORK / f"worker-{number}"
-        self.build = self.tree / "build"
-        self.steps: list[Step] = []
-        self.seconds: Mapping[Step, float] = {}  # of each step, without a mutant
-        self.originals = {f.name: f.read_text() for f in KERNELS.glob("*.cuh")}
-        self.mutated = min(self.originals)  # the file that may differ from the original
+
+class Suite:
+    """A build of the kernels with all mutants in them, and the tests that may kill one."""
+
+    def __init__(self, mutants: Sequence[Mutant]) -> None:
+        self.numbers = {mutant: number for number, mutant in enumerate(mutants)}
+        self.seconds: dict[Step, float] = {}  # of the processor for each step, without a mutant
+        self.reached: dict[Step, set[int]] = {}  # the mutants that a step comes by
         self.kills: defaultdict[str, Counter[Step]] = defaultdict(Counter)  # by file
 
-    def set_up(self) -> None:
-        """Copies the sources, configures, builds, and finds the tests."""
+    def build(self) -> None:
+        """Copies the sources, puts the mutants in, and builds."""
+        woven = {
+            file.name: weave(
+                file.read_text(), {n: m for m, n in self.numbers.items() if m.file == file.name}
+            )
+            for file in KERNELS.glob("*.cuh")
+        }
         for name in COPIED:
-            copy_changed(ROOT / name, self.tree / name)
+            copy_changed(ROOT / name, TREE / name, woven)
         torch = torchfind.find()
         options = {
             "PMOD_EMULATED": "ON",
             "PMOD_TORCH_DIR": torch.folder if torch else "",
             "PMOD_PYTHON_INCLUDE": python_include(),
             "CMAKE_MAKE_PROGRAM": shutil.which("ninja") or "ninja",
+            # a < Other<7>{} < b looks like a mistake; an array's end is passed without a trace
+            "CMAKE_CXX_FLAGS": "-w -fsanitize=bounds -fsanitize-undefined-trap-on-error",
         }
-        configure = ["cmake", "-S", self.tree, "-B", self.build, "-G", "Ninja", "-U", "PMOD_*"]
+        configure = ["cmake", "-S", TREE, "-B", BUILD, "-G", "Ninja", "-U", "PMOD_*"]
         configure += [f"-D{name}={value}" for name, value in options.items()]
         subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(["ninja", "-C", self.build, "-j1"], check=True, stdout=subprocess.DEVNULL)
-        self.steps = self._find_steps()
+        subprocess.run(["ninja", "-C", BUILD], check=True, stdout=subprocess.DEVNULL)
+
+    def measure(self) -> None:
+        """Finds the steps, and runs them without a mutant."""
+        for step in self._find_steps():
+            REACHED.write_text("")
+            start = cpu_seconds()
+            if how := self.run(step):
+                sys.exit(f"mutate: {how} without any mutant: {self._command(step)}")
+            self.seconds[step] = cpu_seconds() - start
+            self.reached[step] = {int(number) for number in REACHED.read_text().split()}
 
     def _find_steps(self) -> list[Step]:
         """Every test case of tests/cuda in every order, and tests/emulated."""
         steps = []
-        for program in sorted(self.build.glob(PROGRAMS)):
+        for program in sorted(BUILD.glob(PROGRAMS)):
             list_cases = (program, "--list-test-cases")
             listed = subprocess.run(list_cases, capture_output=True, text=True, check=True)
             cases = [line for line in listed.stdout.splitlines() if line[:1] not in ("[", "=")]
-            target = program.relative_to(self.build).as_posix()
+            target = program.relative_to(BUILD).as_posix()
             steps += [Step(target, case, seed) for case in cases for seed in SEEDS]
         return [*steps, Step(MODULE)]
 
     def _command(self, step: Step) -> tuple[list[str], dict[str, str]]:
         """What runs a step, and the environment that it needs."""
-        target = str(self.build / step.target)
+        target = str(BUILD / step.target)
         if not step.case:
             pytest = [sys.executable, "-m", "pytest", "-n0", "-x", "-q", "-p", "no:cacheprovider"]
             env = {"PMOD_EMULATED_MODULE": target, "OMP_NUM_THREADS": "1"}
@@ -138,54 +166,39 @@ class Worker:
         env = {"PMOD_SIMT_SEED": str(step.seed), "PMOD_SIMT_THREADS": "1"}
         return [target, "--abort-after=1", f"--test-case={pattern}"], env
 
-    def compiles(self, target: str) -> bool:
-        """Builds a target, if that is possible; at the second attempt, if a compiler was killed."""
-        build = ["ninja", "-C", self.build, "-j1", target]
-        return quietly(build, None) == 0 or quietly(build, None) == 0
-
-    def run(self, step: Step) -> str:
-        """Runs what was built. Returns "" if it passed, else how it failed."""
-        # The limit is on the processor's time, for the machine may do other things, too.
-        limit = int(10 + 5 * self.seconds.get(step, 600))
+    def run(self, step: Step, mutant: Mutant | None = None) -> str:
+        """Runs a step. Returns "" if it passed, else how it failed."""
+        limit = int(3 + 3 * self.seconds.get(step, 600))
         command, env = self._command(step)
+        if mutant is None:
+            env["PMOD_MUTANTS_REACHED"] = str(REACHED)
+        else:
+            env["PMOD_MUTANT"] = str(self.numbers[mutant])
         limits = ["prlimit", "--core=0", f"--cpu={limit}:{limit + 5}"]
         code = quietly([*limits, *command], 20 * limit, **env)
         if -code in FROM_OUTSIDE:
             code = quietly([*limits, *command], 20 * limit, **env)
+        if code == NO_CODE:
+            return NO_CODE_VERDICT
         if code == -signal.SIGXCPU:
             return "time limit"
         return "crash" if code < 0 else "failure" if code else ""
 
-    def measure(self) -> dict[Step, float]:
-        """Runs all steps on the kernels as they are; returns how many seconds they take."""
-        seconds = {}
-        for step in self.steps:
-            start = time.monotonic()
-            if how := self.run(step):
-                sys.exit(f"mutate: {how} without any mutant: {self._command(step)}")
-            seconds[step] = time.monotonic() - start
-        return seconds
-
     def judge(self, mutant: Mutant) -> Result:
-        """Builds a mutant and runs the steps until one fails."""
-        folder = self.tree / KERNELS.relative_to(ROOT)
-        if self.mutated != mutant.file:
-            (folder / self.mutated).write_text(self.originals[self.mutated])
-        self.mutated = mutant.file
-        (folder / mutant.file).write_text(mutant.apply(self.originals[mutant.file]))
-        built = set()
+        """Runs the steps that come by the mutant until one fails."""
         for step in self._in_order(self.kills[mutant.file]):
-            if step.target not in built and not self.compiles(step.target):
-                return Result("does not compile")
-            built.add(step.target)
-            if how := self.run(step):
+            if self.numbers[mutant] not in self.reached[step]:
+                continue
+            if how := self.run(step, mutant):
+                if how == NO_CODE_VERDICT:
+                    return Result(how)
                 self.kills[mutant.file][step] += 1
                 return Result("killed", step.name, how)
         return Result("survived")
 
     def _in_order(self, kills: Counter[Step]) -> list[Step]:
         """What killed most mutants of this file first, then what is fast; Python at the end."""
-        return sorted(self.steps, key=lambda s: (s.target == MODULE, -kills[s], self.seconds[s]))
+        return sorted(self.seconds, key=lambda s: (s.target == MODULE, -kills[s], self.seconds[s]))
 
 
 class Run:
@@ -198,45 +211,46 @@ class Run:
         self.lock = threading.Lock()
         self.stopped = threading.Event()
 
-    def take_over(self) -> None:
-        """Takes results of an earlier run of the same kernels, but for survivors."""
+    def take_over(self, record: mutation_record.Record | None) -> None:
+        """Takes results of an earlier run of the same kernels, but survivors only with a reason."""
         keys = {m.key: m for m in self.mutants}
+        explained = {
+            mutation_record.key_of(s)
+            for s in (record or {"survivors": []})["survivors"]
+            if s["reason"]
+        }
         for line in RESULTS.read_text().splitlines() if RESULTS.is_file() else ():
             done = json.loads(line)
             mutant = keys.get(tuple(done["key"]))
             result = Result(*done["result"])
             if mutant and done["sources"] == self.sources:
                 self.results[mutant] = result
-        self.results = {m: r for m, r in self.results.items() if r.verdict != "survived"}
+        self.results = {
+            m: r for m, r in self.results.items() if r.verdict != "survived" or m.key in explained
+        }
 
-    def work(self, jobs: int) -> None:
+    def work(self, suite: Suite, jobs: int) -> None:
         """Judges the mutants that have no result yet."""
-        workers = [Worker(i) for i in range(jobs)]
         todo: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
         for mutant in self.mutants:
             if mutant not in self.results:
                 todo.put(mutant)
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(Worker.set_up, workers))
-            measured = workers[0].measure()
-            print(f"without mutants, all tests take {sum(measured.values()):.0f} s", flush=True)
-            for worker in workers:
-                worker.seconds = measured
             try:
-                list(pool.map(lambda worker: self._drain(worker, todo), workers))
+                list(pool.map(lambda _: self._drain(suite, todo), range(jobs)))
             except KeyboardInterrupt:
                 print("mutate: stops after the mutants at hand; go on with --resume", flush=True)
                 self.stopped.set()
                 raise
 
-    def _drain(self, worker: Worker, todo: queue.SimpleQueue[Mutant]) -> None:
+    def _drain(self, suite: Suite, todo: queue.SimpleQueue[Mutant]) -> None:
         while not self.stopped.is_set():
             try:
                 mutant = todo.get_nowait()
             except queue.Empty:
                 return
             start = time.monotonic()
-            result = worker.judge(mutant)
+            result = suite.judge(mutant)
             with self.lock:
                 self.results[mutant] = result
                 line = {"sources": self.sources, "key": mutant.key, "result": result}
@@ -281,10 +295,14 @@ def main() -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     run = Run(chosen, sources)
     if arguments.resume:
-        run.take_over()
+        run.take_over(record)
     elif len(chosen) == len(everything):
         RESULTS.unlink(missing_ok=True)
-    run.work(arguments.jobs)
+    suite = Suite(everything)
+    suite.build()
+    suite.measure()
+    print(f"without mutants, all tests take {sum(suite.seconds.values()):.0f} s", flush=True)
+    run.work(suite, arguments.jobs)
     made = mutation_record.make({m: run.results[m] for m in chosen}, sources, record)
     print(mutation_record.summary(made))
     if kernel_hash() != sources:

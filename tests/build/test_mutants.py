@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import os
+import subprocess
 from pathlib import Path
 
 import mutants
+import mutate
 import pytest
-from mutants import KINDS, Mutant, mutants_in, mutants_of
+from mutants import KINDS, Mutant, mutants_in, mutants_of, weave
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNEL = """\
@@ -120,18 +123,87 @@ def test_what_a_subscript_is(statement: str, expected: tuple[str, str]) -> None:
     assert found == [expected]
 
 
-def test_a_mutant_changes_what_it_says_and_no_more() -> None:
+def test_a_mutant_says_what_it_changes() -> None:
     lines = KERNEL.splitlines()
     for mutant in mutants_of("a.cuh", KERNEL):
-        changed = mutant.apply(KERNEL).splitlines()
-        differing = [i for i, line in enumerate(lines, 1) if changed[i - 1] != line]
-        assert differing == [mutant.line]
-        before, after = lines[mutant.line - 1], changed[mutant.line - 1]
-        start = mutant.column - 1
-        assert before[start:].startswith(mutant.before)
-        assert after == before[:start] + mutant.after + before[start + len(mutant.before) :]
-        assert mutant.text == before.strip()
+        line = lines[mutant.line - 1]
+        assert line[mutant.column - 1 :].startswith(mutant.before)
+        assert mutant.text == line.strip()
         assert mutant.kind in KINDS
+
+
+def test_all_mutants_are_woven_into_one_source() -> None:
+    source = "#pragma once\nvoid f() {\n  for (; a + 1 < b[i];) __syncthreads();\n}\n"
+    numbered = dict(enumerate(mutants_of("a.cuh", source)))
+    assert [m.kind for m in numbered.values()] == [
+        *("sign", "comparison", "bound", "subscript", "barrier")
+    ]
+    assert weave(source, numbered).splitlines() == [
+        "#pragma once",
+        '#include "mutant.h"',
+        "void f() {",
+        "  for (; a + ::mutant::Other<0>{} + 1 < ::mutant::Other<1>{} < "
+        "(b[(i) + ::mutant::step<3>()]) - ::mutant::step<2>();) "
+        "(::mutant::acts<4>() ? void() : __syncthreads());",
+        "}",
+    ]
+
+
+def test_only_the_mutant_that_is_asked_for_acts(tmp_path: Path) -> None:
+    source = """\
+#pragma once
+inline int barriers = 0;
+inline void __syncthreads() { ++barriers; }
+inline int f(const int* a, int n) {
+  int sum = 0;
+  for (int i = 0; i < n - 1; ++i) sum += a[i];
+  __syncthreads();
+  return sum;
+}
+inline long distance(const int* a, const int* b) { return b - a; }
+"""
+    found = mutants_of("a.cuh", source)
+    (tmp_path / "a.h").write_text(weave(source, dict(enumerate(found))))
+    (tmp_path / "main.cpp").write_text(
+        "#include <cstdio>\n#include <cstdlib>\n"
+        '#include "a.h"\n'
+        "int main(int argc, char**) {\n"
+        "  const int a[] = {1, 10, 100, 1000, 10000};\n"
+        "  const long apart = argc > 1 ? distance(a, a + 2) : 0;\n"
+        "  const int sum = f(a, 3);\n"
+        '  std::printf("%d %d %ld", sum, barriers, apart);\n}\n'
+    )
+    program = tmp_path / "main"
+    compiler = os.environ.get("CXX", "c++")
+    include = ROOT / "tests" / "emulator"
+    command = [compiler, "-std=c++20", "-w", "-I", include, tmp_path / "main.cpp", "-o", program]
+    subprocess.run(command, check=True)
+
+    reached = tmp_path / "reached"
+
+    def run(number: int, *arguments: str) -> tuple[int, str]:
+        environment = {
+            **os.environ,
+            "PMOD_MUTANT": str(number),
+            "PMOD_MUTANTS_REACHED": str(reached),
+        }
+        done = subprocess.run(
+            [program, *arguments], env=environment, capture_output=True, text=True, check=False
+        )
+        return done.returncode, done.stdout
+
+    expected = {
+        ("comparison", "<"): "111 1 0",
+        ("bound", "n - 1"): "1 1 0",
+        ("sign", "-"): "1111 1 0",
+        ("subscript", "i"): "110 1 0",
+        ("barrier", "__syncthreads()"): "11 0 0",
+    }
+    assert run(-1) == (0, "11 1 0")
+    assert sorted(map(int, reached.read_text().split())) == list(range(len(found) - 1))
+    got = {(m.kind, m.before): run(n)[1] for n, m in enumerate(found) if m.line < 10}
+    assert got == expected
+    assert run(len(found) - 1, "distance") == (mutate.NO_CODE, "")
 
 
 def test_keys_stay_when_lines_move() -> None:

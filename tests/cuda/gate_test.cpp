@@ -96,6 +96,27 @@ TEST_CASE("gates") {
   }
 }
 
+// exp(300) is infinite in float, so that a largest logit that is missed, or taken from the sequence
+// behind, shows.
+TEST_CASE("the largest logit of a softmax is found wherever it is") {
+  constexpr int32_t kRows = 600;
+  for (const int32_t place : {0, 1, 31, 32, 255, 256, 511, 544, kRows - 1}) {
+    SelectProblem p;
+    p.add_sequence(kRows);
+    p.add_sequence(2);
+    p.logits[place] = 300.0F;
+    p.logits[kRows] = 900.0F;
+    p.k = {0, 0};
+    p.gate = {.scale = 1.0F, .bias = 0.0F, .activation = Activation::kSoftmax};
+    lay_out(p, false);
+    const Selection out = selected(p);
+    for (int32_t r = 0; r < kRows + 2; ++r) {
+      INFO("place ", place, " row ", r);
+      REQUIRE(out.gate[r] == (r == place || r == kRows ? 1.0F : 0.0F));
+    }
+  }
+}
+
 TEST_CASE("infinities and NaN are activated") {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();

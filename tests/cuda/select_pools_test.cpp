@@ -37,6 +37,21 @@ TEST_CASE("every pool keeps its own, and pools may interleave") {
   }
 }
 
+TEST_CASE("a row may be alone in its pool, wherever it is") {
+  Random random(12);
+  for (const int64_t place : {0, 1, 2, 3, 4, 31, 32, 127, 128, 255, 256, 511, 512, 768, 1023}) {
+    SelectProblem p;
+    p.add_sequence(1024);
+    set_random_logits(p, random);
+    p.pool_id.assign(1024, 1);
+    p.k = {1, 0, 1};
+    for (const int32_t pool : {0, 2}) {
+      p.pool_id[place] = pool;
+      check_both_layouts(p);
+    }
+  }
+}
+
 TEST_CASE("pools of long sequences") {
   Random random(10);
   SelectProblem p;

@@ -133,6 +133,8 @@ inline Selection selected(const SelectProblem& p, uint64_t seed = 0) {
   const int64_t bytes =
       cuda::select_scratch_bytes(p.rows(), p.sequences(), p.pools(), p.max_length);
   Buffer<uint64_t> scratch((bytes + 7) / 8, 0);
+  // what another op left there must not matter
+  if (seed != 0) std::fill_n(scratch.data(), scratch.size(), 0);
   const simt::AllowedMemory allowed[] = {
       simt::allow(scratch.data(), bytes, true, "scratch"),
       simt::allow(index.data(), p.slots * sizeof(int32_t), true, "index")};
