@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,8 @@ _LIB.define("build_info() -> str", tags=(torch.Tag.pt2_compliant_tag,))
 _LIB.define("cuda_info() -> str", tags=(torch.Tag.pt2_compliant_tag,))
 _LIB.define("cuda_error(int status) -> str", tags=(torch.Tag.pt2_compliant_tag,))
 _ops: list[str] = []  # all that were declared
-_cuda_problem: str | None = None  # why the CUDA kernels are not there
+_cuda_problem: str | None = None  # why the compiled CUDA kernels do not serve
+_serves_triton = False  # CUDA tensors
 
 
 def define(schema: str) -> None:
@@ -210,18 +212,49 @@ def load_kernels() -> None:
 
 
 def _load_cuda_kernels() -> None:
-    """Import the compiled CUDA library, if there is one; without it the CPU ops still work."""
-    global _cuda_problem
+    """Choose who serves CUDA tensors; without anybody the CPU ops still work.
+
+    PMOD_CUDA_IMPL: "cuda", the compiled library; "triton"; unset, the first of them that is there.
+    """
+    global _cuda_problem, _serves_triton
+    asked = os.environ.get("PMOD_CUDA_IMPL", "")
+    if asked not in ("", "cuda", "triton"):
+        raise ImportError(
+            f"pmod_ops: PMOD_CUDA_IMPL: expected 'cuda', 'triton' or nothing, got {asked!r}"
+        )
+    _cuda_problem = "PMOD_CUDA_IMPL=triton" if asked == "triton" else _import_cuda_kernels()
+    if _cuda_problem is None:
+        return
+    if asked == "cuda":
+        raise ImportError(f"pmod_ops: PMOD_CUDA_IMPL=cuda, but {_cuda_problem}")
+    _serves_triton = importlib.util.find_spec("triton") is not None
+    if asked == "triton" and not _serves_triton:
+        raise ImportError(
+            "pmod_ops: PMOD_CUDA_IMPL=triton, but triton is not installed: pip install triton"
+        )
+    for op in _ops:
+        kernel = _call_triton(op) if _serves_triton else _refuse_cuda(op, _cuda_problem)
+        _LIB.impl(op, kernel, "CUDA")
+
+
+def _import_cuda_kernels() -> str | None:
+    """Import the compiled CUDA library; says why if that is not possible."""
     try:
         if importlib.util.find_spec("pmod_ops._C_cuda") is None:
-            _cuda_problem = "this build has no CUDA kernels; install it where there is an nvcc"
-        else:
-            importlib.import_module("pmod_ops._C_cuda")
+            return "this build has no CUDA kernels; install it where there is an nvcc"
+        importlib.import_module("pmod_ops._C_cuda")
     except ImportError as error:
-        _cuda_problem = f"the CUDA kernels cannot be loaded: {error}"
-    if _cuda_problem is not None:
-        for op in _ops:
-            _LIB.impl(op, _refuse_cuda(op, _cuda_problem), "CUDA")
+        return f"the CUDA kernels cannot be loaded: {error}"
+    return None
+
+
+def _call_triton(op: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from pmod_ops._triton import OPS  # at the first call: it imports triton
+
+        return OPS[op](*args)
+
+    return call
 
 
 def _refuse_cuda(op: str, problem: str) -> Callable[..., Any]:
@@ -242,10 +275,10 @@ def backend_info() -> dict[str, Any]:
     build = json.loads(torch.ops.pmod.build_info())
     if _cuda_problem is None:
         build["cuda"] = json.loads(torch.ops.pmod.cuda_info())
-        problem = build["cuda"]["problem"]
+        served, problem = "CUDA C++ (pmod_ops._C_cuda)", build["cuda"]["problem"]
     else:
+        served = "Triton (pmod_ops._triton)" if _serves_triton else "none"
         build["cuda"], problem = None, _cuda_problem
-    served = "CUDA C++ (pmod_ops._C_cuda)" if _cuda_problem is None else "none"
     return {
         "torch": torch.__version__,
         "build": build,

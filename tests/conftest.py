@@ -13,6 +13,10 @@ import torch
 
 
 def pytest_configure() -> None:
+    # Triton decides when it is imported, by whatever test comes first, whether it compiles kernels
+    # for a GPU or interprets them. It says nothing to what torch.compile makes for the CPU.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     # Also poisons torch.empty with NaN, so that an output that an op forgot to write is seen.
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -23,7 +27,7 @@ def pytest_configure() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
-    if item.get_closest_marker("triton") and importlib.util.find_spec("triton") is None:
+    if item.get_closest_marker("interpret") and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
 
 

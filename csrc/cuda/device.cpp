@@ -51,7 +51,8 @@ std::string explain(Status status) {
     case cudaErrorInvalidDeviceFunction:
       return "no kernel for this GPU (" + said +
              "): built for architectures " PMOD_CUDA_ARCHS
-             "; rebuild with PMOD_CUDA_ARCHS=<compute capability without the dot> pip install .";
+             "; set PMOD_CUDA_IMPL=triton to use the Triton kernels, or rebuild with "
+             "PMOD_CUDA_ARCHS=<compute capability without the dot> pip install .";
     case cudaErrorInsufficientDriver:
     case cudaErrorSystemDriverMismatch:
       return "the NVIDIA driver is too old for CUDA " PMOD_CUDA_VERSION " or is missing (" + said +

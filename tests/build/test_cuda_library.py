@@ -28,7 +28,13 @@ def test_a_missing_driver_is_named():
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (NO_KERNEL_IMAGE, ["no kernel for this GPU", "built for architectures", "PMOD_CUDA_ARCHS"]),
+        (
+            NO_KERNEL_IMAGE,
+            [
+                *("no kernel for this GPU", "built for architectures"),
+                *("PMOD_CUDA_IMPL=triton", "PMOD_CUDA_ARCHS"),
+            ],
+        ),
         (INSUFFICIENT_DRIVER, ["driver", "too old", "update it", "older CUDA toolkit"]),
         (ILLEGAL_ADDRESS, ["the launch failed", "illegal memory access"]),
     ],
