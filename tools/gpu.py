@@ -1,9 +1,10 @@
 """Runs everything that needs a GPU, in one go and in a given time (`make gpu`).
 
-It looks at the device, runs tests/gpu, runs a part of them under compute-sanitizer, times every op
-and its peers, and writes build/gpu/results-<gpu>-<date>.json (its schema: bench/on_gpu/results.py)
-and build/gpu/report.md. A step that fails is recorded, and the others go on. `--dry-run` goes
-through the same steps without a device, at tiny sizes; nothing that it writes is a measurement.
+It looks at the device, runs tests/gpu, runs a part of them on the Triton kernels and under
+compute-sanitizer, times every op and its peers, and writes build/gpu/results-<gpu>-<date>.json (its
+schema: bench/on_gpu/results.py) and build/gpu/report.md. A step that fails is recorded, and the
+others go on. `--dry-run` goes through the same steps without a device, at tiny sizes; nothing that
+it writes is a measurement.
 
 Exit status: 0 if every step passed or was skipped, 1 if not, 2 if there is no device.
 """
@@ -31,15 +32,17 @@ def note_facts(run: Run, seconds: float) -> Outcome:
     run.results["sources"] = facts.sources()
     run.results["facts"] = found = facts.collect()
     kernels, served = found["backend"]["build"]["cuda"], found["backend"]["devices"]["cuda"]
+    compiled = kernels is not None and kernels["problem"] is None
     summary = f"{found['gpu'] or 'no GPU'}, torch {found['torch']}, kernels: {served}"
-    usable = run.dry or (kernels is not None and kernels["problem"] is None)
+    usable = run.dry or compiled or served.startswith("Triton")
     return Outcome("passed" if usable else "failed", summary)
 
 
 STEPS = (
     Step("facts", 0.05, note_facts),
-    Step("tests", 0.25, correctness.test),
-    Step("sanitizers", 0.2, correctness.sanitize),
+    Step("tests", 0.2, correctness.test),
+    Step("triton", 0.08, correctness.test_triton),
+    Step("sanitizers", 0.17, correctness.sanitize),
     Step("compilation", 0.12, benchmarks.compile_peers),
     Step("benchmarks", 0.38, benchmarks.time_matrix),
 )

@@ -1,7 +1,10 @@
-"""The steps that check: the tests of tests/gpu, and a few of them under compute-sanitizer."""
+"""The steps that check: the tests of tests/gpu, and a few of them on the Triton kernels and under
+compute-sanitizer.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import time
@@ -23,25 +26,47 @@ SANITIZED = (
     " or (test_selection and tied and (576 or 65536))"
 )
 DRY_TESTS = "batch and not many_blocks and (float32 or repeats) or (test_selection and 576)"
+# Each width and type is compiled for, seconds each.
+ON_TRITON = (
+    "test_ops and bfloat16 and (test_values and (batch or pad_right or pools or hidden_17"
+    " or hidden_4096)) or (test_selection and tied and (576 or 65536))"
+)
 LISTED = 20  # failed tests that are named
 
 
 def test(run: Run, seconds: float) -> Outcome:
     """Run all tests that need a GPU; in a dry run, a few of them on the CPU."""
-    xml = run.scratch / "tests.xml"
-    xml.unlink(missing_ok=True)
-    command = python(*PYTEST, *OPTIONS, f"--junitxml={xml}")
-    env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     if run.dry:
-        command += ["-k", DRY_TESTS]
-        env |= {"PMOD_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    child = Child(command, run.scratch / "tests.log", time.time() + seconds, env)
+        env = {"PMOD_TEST_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+        return tested(run, seconds, "tests", ("-k", DRY_TESTS), env)
+    return tested(run, seconds, "tests", (), {})
+
+
+def test_triton(run: Run, seconds: float) -> Outcome:
+    """Run a few tests of every op on the Triton kernels."""
+    if run.dry:
+        return Outcome("skipped", "there is no device to compile for in a dry run")
+    if importlib.util.find_spec("triton") is None:
+        return Outcome("skipped", "triton is not installed")
+    env = {"PMOD_CUDA_IMPL": "triton"}
+    return tested(run, seconds, "triton_tests", ("-k", ON_TRITON), env)
+
+
+def tested(
+    run: Run, seconds: float, name: str, arguments: tuple[str, ...], env: dict[str, str]
+) -> Outcome:
+    """Run tests in a process of their own, and keep the counts under `name`."""
+    xml = run.scratch / f"{name}.xml"
+    xml.unlink(missing_ok=True)
+    command = python(*PYTEST, *OPTIONS, f"--junitxml={xml}", *arguments)
+    env = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", **env}
+    child = Child(command, run.scratch / f"{name}.log", time.time() + seconds, env)
     wait([child])
     if child.ended == OUT_OF_TIME:
         return Outcome(OUT_OF_TIME, child.tail().rsplit("\n", 1)[-1])
     if not xml.is_file():
         return Outcome("failed", f"pytest ended ({child.ended}): {child.tail()}")
-    run.results["tests"] = found = read(xml)
+    run.results[name] = found = read(xml)
     bad = found["failures"] + found["errors"]
     summary = f"{found['tests']} tests, {bad} failed, {found['skipped']} skipped"
     passed = child.ended == "exit code 0" and found["tests"] > found["skipped"]

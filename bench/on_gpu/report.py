@@ -108,7 +108,8 @@ def one_line(text: str) -> str:
 def checks(results: Results) -> list[str]:
     """Failed tests and what the sanitizers said."""
     parts = []
-    failed = results["tests"].get("failed", [])
+    found = (results["tests"], results.get("triton_tests", {}))
+    failed = [name for tests in found for name in tests.get("failed", [])]
     if failed:
         parts += ["### Failed tests", "\n".join(f"* `{name}`" for name in failed)]
     if results["sanitizer"]:

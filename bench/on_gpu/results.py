@@ -12,6 +12,7 @@ facts       see `facts.py`; {} if that step failed
 steps       in order, each {"name", "status", "summary", "seconds", "budget_s"}; the status is
             "passed", "failed", "skipped" or "out of time"
 tests       {"tests", "failures", "errors", "skipped", "failed": [names]} of tests/gpu
+triton_tests  the same of those that also ran on the Triton kernels; {} if none did
 sanitizer   by tool: {"status", "errors", "ours", "tail"}: all errors reported, those that name a
             kernel of this package, and the last lines of the output
 cells       one object per cell of the benchmark matrix:
@@ -62,6 +63,7 @@ def new(*, dry: bool, started: datetime, minutes: float) -> Results:
         "facts": {},
         "steps": [],
         "tests": {},
+        "triton_tests": {},
         "sanitizer": {},
         "cells": [],
         "left_out": [],
