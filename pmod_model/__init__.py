@@ -1,8 +1,8 @@
 """p-MoD vision-language models on transformers.
 
 Names are imported on first use, so that `pmod --help` does not wait for torch and transformers. The
-class of p-MoD LLaVA is known to the Auto classes of transformers once a model name of this package
-was imported.
+classes of p-MoD LLaVA are known to the Auto classes of transformers once `load_pretrained` or the
+class itself was imported.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ if TYPE_CHECKING:
     from pmod_model.context import RoutingRecord
     from pmod_model.inject import inject_pmod, record_routing
     from pmod_model.llava import PModLlavaConfig, PModLlavaForConditionalGeneration
+    from pmod_model.llava_next import PModLlavaNextConfig, PModLlavaNextForConditionalGeneration
     from pmod_model.loading import load_pretrained
 
 _HOME = {
     "PModConfig": "configuration",
     "PModLlavaConfig": "llava",
     "PModLlavaForConditionalGeneration": "llava",
+    "PModLlavaNextConfig": "llava_next",
+    "PModLlavaNextForConditionalGeneration": "llava_next",
     "RoutingRecord": "context",
     "inject_pmod": "inject",
     "load_pretrained": "loading",
@@ -31,6 +34,8 @@ __all__ = [
     "PModConfig",
     "PModLlavaConfig",
     "PModLlavaForConditionalGeneration",
+    "PModLlavaNextConfig",
+    "PModLlavaNextForConditionalGeneration",
     "RoutingRecord",
     "inject_pmod",
     "load_pretrained",

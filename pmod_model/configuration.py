@@ -35,7 +35,8 @@ class PModConfig:
         scale_skipped: weight the hidden state of skipped tokens.
         target_tokens: tokens that may be skipped: those of images, those of their high-resolution
             part, or all.
-        pool: the tokens that share one budget: those of a sequence, an image or a video frame.
+        pool: the tokens that share one budget: those of a sequence, of an image, or of a view
+            ("frame"), of which an image of LLaVA-NeXT has two, its base view and its map.
         layers: indices of the layers that may be routed; None = every layer.
 
     Raises:

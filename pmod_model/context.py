@@ -7,13 +7,15 @@ and two threads may share a model.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pmod_model.hand_over import HandOver
+from pmod_model.packing import Packing
 from pmod_ops import Routing, RoutingPlan
 
 
@@ -38,10 +40,17 @@ class RoutingRecord:
 
     def add(self, layer: int, routing: Routing) -> None:
         """Note what `layer` did."""
-        shape = self.target_mask.shape
-        self.kept[layer] = (routing.inverse >= 0).view(shape) & self.target_mask
-        self.logits[layer] = routing.logits.detach().view(shape)
-        self.gate[layer] = routing.gate.detach().view(shape)
+        shape, device = self.target_mask.shape, self.target_mask.device
+        kept = (routing.inverse >= 0).view(shape).to(device)
+        self.kept[layer] = kept & self.target_mask
+        self.logits[layer] = routing.logits.detach().view(shape).to(device)
+        self.gate[layer] = routing.gate.detach().view(shape).to(device)
+
+    def finite_on(self, device: torch.device) -> Tensor:
+        """`finite`, or for a layer on another device a flag that is True."""
+        return (
+            self.finite if self.finite.device == device else self.finite.new_ones(1, device=device)
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +62,29 @@ class RoutingContext:
         valid: bool [B, S], which of the new tokens are not padding; None = all of them.
         past_valid: bool [B, P], the same of the tokens before them, if the caller's mask says so.
         record: where layers note what they kept, or None.
-        hand_over: where a layer leaves the router scores of the next.
+        hand_over: where a layer leaves the router scores of the next, or None.
+        packed: whether the batch is one row in which the plan's sequences follow each other.
     """
 
     plan: RoutingPlan | None
     valid: Tensor | None
     past_valid: Tensor | None = None
     record: RoutingRecord | None = None
-    hand_over: HandOver = field(default_factory=HandOver)
+    hand_over: HandOver | None = None  # a default that torch.compile can trace
+    packed: bool = False
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> RoutingContext:
+        """The same with its masks and plan on `device`, for models that are spread over several.
+
+        The hooks of accelerate call it before a layer. Records stay where they are.
+        """
+        masks = (self.valid, self.past_valid)
+        tensors = [t for t in pytree.tree_leaves((masks, self.plan)) if isinstance(t, Tensor)]
+        if all(t.device == torch.device(device) for t in tensors):
+            return self
+        valid, past_valid = (None if t is None else t.to(device, **kwargs) for t in masks)
+        plan = pytree.tree_map_only(Tensor, lambda t: t.to(device, **kwargs), self.plan)
+        return replace(self, plan=plan, valid=valid, past_valid=past_valid)
 
 
 def make_context(
@@ -71,13 +95,16 @@ def make_context(
     attention_mask: Any,
     valid_mask: Tensor | None,
     pool: str,
+    pool_id: Tensor | None = None,
     tokens_per_image: int | None,
     records: list[RoutingRecord] | None,
     layers: Sequence[nn.Module] = (),
+    packing: Packing | None = None,
 ) -> RoutingContext:
     """Check the masks of a batch and plan its routing.
 
-    One host synchronisation if there is a target mask, none if not.
+    One host synchronisation if there is a target mask (another to find the sequences of a packed
+    batch), none if not.
 
     Args:
         ratios: retention ratio of every routed layer.
@@ -85,10 +112,12 @@ def make_context(
         target_mask: bool [B, S] or None.
         attention_mask: None, nonzero = not padding [B, P + S], or a mask made ready for attention.
         valid_mask: [B, P + S], used instead where `attention_mask` was made ready.
-        pool: "sequence" or "image".
+        pool: "sequence", or "image" or "frame", which are the same without `pool_id`.
+        pool_id: int [B, S], which competing tokens share a budget, instead of `tokens_per_image`.
         tokens_per_image: splits a run of image tokens into images; None = a run is an image.
         records: gets one record if a token competes.
         layers: the layers of the decoder, to hand over router scores between them.
+        packing: the sequences of a packed batch, None = every row is a sequence.
 
     Raises:
         TypeError: a mask has the wrong type or dtype.
@@ -118,8 +147,12 @@ def make_context(
         got = f"{type(attention_mask).__name__} made ready for attention"
         _fail("attention_mask", f"a padding mask [{batch}, {length}] with target_mask", got)
     targets = target_mask if valid is None else target_mask & valid
-    pool_id = image_pools(targets, tokens_per_image) if pool == "image" else None
-    plan = RoutingPlan.from_mask(targets, valid, ratios, pool_id)
+    if pool_id is None and pool != "sequence":
+        pool_id = image_pools(targets, tokens_per_image)
+    if packing is None:
+        plan = RoutingPlan.from_mask(targets, valid, ratios, pool_id)
+    else:
+        plan = packing.plan(targets, ratios, pool_id)
     if plan.num_routable == 0:
         return RoutingContext(None, valid, past_valid)
     record = None
@@ -127,7 +160,7 @@ def make_context(
         flag = torch.ones(1, dtype=torch.bool, device=targets.device)
         record = RoutingRecord(targets, flag)
         records.append(record)
-    return RoutingContext(plan, valid, past_valid, record, HandOver(layers))
+    return RoutingContext(plan, valid, past_valid, record, HandOver(layers), packing is not None)
 
 
 def image_pools(target_mask: Tensor, tokens_per_image: int | None) -> Tensor:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from pmod_model.cache_name import cache_name
 from pmod_model.configuration import PModConfig
 from pmod_model.context import RoutingRecord
+from pmod_model.images import cuts_images
 from pmod_model.layer import DenseLayer, RoutedLayer
 from pmod_model.models import DecoderModel, GenerativeModel, MultimodalModel, with_target_mask
 from pmod_model.router import Router
@@ -145,12 +146,17 @@ def _check_settings(model: PreTrainedModel, config: PModConfig) -> None:
         _fail(
             "config.gate_attention", "False, because no kernel weights the attention branch", True
         )
-    if config.pool == "frame":
-        _fail("config.pool", '"sequence" or "image"', '"frame", which is not supported yet')
-    if config.pool == "image" and config.target_tokens == "all":
-        _fail("config.pool", '"sequence" with target_tokens "all"', '"image"')
-    if config.pool == "image" and has_high_resolution(model.config):
-        _fail("config.pool", f'"sequence" for {type(model).__name__}', '"image", not supported yet')
+    if config.pool == "sequence":
+        return
+    if config.pool == "frame" and getattr(model.config, "video_token_id", None) is not None:
+        _fail(
+            "config.pool", '"sequence" or "image" for a model of videos', '"frame", not supported'
+        )
+    if config.target_tokens == "all":
+        _fail("config.pool", '"sequence" with target_tokens "all"', f'"{config.pool}"')
+    if has_high_resolution(model.config) and not cuts_images(model):
+        got = f'"{config.pool}", not supported'
+        _fail("config.pool", f'"sequence" for {type(model).__name__}', got)
 
 
 def _check_block(layer: nn.Module, index: int, model_config: Any) -> None:

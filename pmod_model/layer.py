@@ -6,17 +6,17 @@ A pre-norm layer, x -> x + attention(norm(x)) -> ... + mlp(norm(...)), run on th
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from pmod_model.cache import RoutedCacheLayer, routed_cache_layer
 from pmod_model.cache_name import find_cache
 from pmod_model.configuration import PModConfig
 from pmod_model.context import RoutingContext
+from pmod_model.masks import attention_mask as own_mask
+from pmod_model.packing import segment_arguments
 from pmod_model.router import Router, ZeroGradient
 from pmod_ops import Routing, gather, gather_add_rmsnorm, route_gather, weighted_scatter_add
 
@@ -92,7 +92,7 @@ class RoutedLayer(_Base):
         keys = _announce(cache, hidden_states, context.valid)
         if cache is not None and cache.is_routed:
             # model-wide masks count all tokens seen, so they fit only while none was dropped
-            attention_mask = self._mask(hidden_states, *keys)
+            attention_mask = own_mask(self.self_attn.config, hidden_states, **keys)
         out = super().forward(
             hidden_states, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
@@ -109,7 +109,8 @@ class RoutedLayer(_Base):
         **kwargs: Any,
     ) -> Tensor:
         """One routed pass over x [B, S, D]; `context.plan` must know this layer."""
-        config, layer, plan = self.pmod_config, self.self_attn.layer_idx, context.plan
+        config, layer = self.pmod_config, self.self_attn.layer_idx
+        plan, hand_over = context.plan, context.hand_over
         assert plan is not None
         weight, bias = self.mod_router(x)
         norm = fused_norm(self.input_layernorm, x)
@@ -124,38 +125,42 @@ class RoutedLayer(_Base):
             gate_scale=config.gate_scale,
             gate_bias=config.gate_bias,
             activation=config.gate_activation,
-            logits=context.hand_over.take(x, (weight, bias)),
-            layout="padded",
+            logits=None if hand_over is None else hand_over.take(x, (weight, bias)),
+            layout="packed" if context.packed else "padded",
             return_x=True,
         )
         if context.record is not None:
             context.record.add(layer, routing)
         ragged = len(set(plan.kept_per_sequence(layer))) > 1
-        num_slots = rows.shape[1]
+        # attention takes sequences [B, slots, D], or all of a packed batch as one row
+        batch = rows[None] if context.packed else rows
+        num_slots = batch.shape[1]
         cache = self._own_cache(kwargs, context, num_slots, x.shape[1])
-        mask = self._mask(rows, *_announce(cache, rows, routing.mask if ragged else None))
+        kwargs |= self._attention_arguments(batch, routing, cache, ragged)
         if cache is not None:
             cache.drop(num_slots, plan.kind.view(x.shape[:2]))
         if num_slots == 0:  # attention modules cannot be called without tokens
             return self._scatter(x, rows, rows, routing, context)
         # position_ids would have gaps, which masks for packed batches take for new sequences
         attn_out = self.self_attn(
-            hidden_states=rows if norm is not None else self.input_layernorm(rows),
-            attention_mask=mask,
+            hidden_states=batch if norm is not None else self.input_layernorm(batch),
             position_ids=None,
-            position_embeddings=gather_positions(position_embeddings, routing, x.shape[1]),
+            position_embeddings=gather_positions(position_embeddings, routing, x.shape[:2]),
             **kwargs,
         )[0]
-        attn_out = self._scaled(attn_out, "resid_attn_dropout")
+        attn_out = self._scaled(attn_out, "resid_attn_dropout").reshape(rows.shape)
         residual, rows, x = self._add_and_norm(x, attn_out, routing)
-        update = self._scaled(self.mlp(rows), "resid_mlp_dropout")
-        return self._scatter(x, residual, update.to(x.dtype), routing, context)
+        update = self._scaled(self.mlp(rows.reshape(batch.shape)), "resid_mlp_dropout")
+        return self._scatter(x, residual, update.reshape(rows.shape).to(x.dtype), routing, context)
 
     def _scatter(
         self, x: Tensor, residual: Tensor, update: Tensor, routing: Routing, context: RoutingContext
     ) -> Tensor:
-        config = self.pmod_config
-        next_router = context.hand_over.next_router(self.self_attn.layer_idx, x)
+        config, hand_over, next_router = self.pmod_config, context.hand_over, None
+        if hand_over is not None:
+            next_router = hand_over.next_router(self.self_attn.layer_idx, x)
+        record = context.record
+        finite = None if record is None else record.finite_on(x.device)
         out = weighted_scatter_add(
             x,
             residual,
@@ -164,12 +169,14 @@ class RoutedLayer(_Base):
             gate_mlp=config.gate_mlp,
             scale_skipped=config.scale_skipped,
             next_router=next_router,
-            finite=None if context.record is None else context.record.finite,
+            finite=finite,
         )
-        if next_router is None:
+        if record is not None and finite is not None and finite is not record.finite:
+            record.finite.logical_and_(finite.to(record.finite.device))
+        if hand_over is None or next_router is None:
             return out
         out, next_logits = out
-        context.hand_over.give(next_logits, out, next_router)
+        hand_over.give(next_logits, out, next_router)
         return out
 
     def _add_and_norm(
@@ -181,8 +188,8 @@ class RoutedLayer(_Base):
             return gather_add_rmsnorm(x, attn_out, routing, *norm, return_x=True)
         kept, x = gather(x, routing, return_x=True)
         # attention leaves anything in filler slots, and their gradient must not pass through it
-        assert routing.mask is not None
-        residual = kept + attn_out.masked_fill(~routing.mask[..., None], 0)
+        filler = None if routing.mask is None else ~routing.mask[..., None]
+        residual = kept + (attn_out if filler is None else attn_out.masked_fill(filler, 0))
         return residual, self.post_attention_layernorm(residual), x
 
     def _scaled(self, branch: Tensor, dropout: str) -> Tensor:
@@ -204,49 +211,32 @@ class RoutedLayer(_Base):
         layer = self.self_attn.layer_idx
         return routed_cache_layer(cache, layer, context, num_slots, num_tokens, name=name)
 
-    def _mask(self, rows: Tensor, past: Any, total: int, valid: Tensor | None) -> Any:
-        """The causal mask of `rows` [B, slots, D] after `past` keys, over `total` keys."""
+    def _attention_arguments(
+        self,
+        rows: Tensor,
+        routing: Routing,
+        cache: RoutedCacheLayer | None,
+        ragged: bool,
+    ) -> dict[str, Any]:
+        """What tells attention which of `rows` [B or 1, slots, D] see which keys."""
         config = self.self_attn.config
-        implementation: str = config._attn_implementation
-        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
-            batch_size=rows.shape[0],
-            q_length=rows.shape[1],
-            kv_length=total,
-            q_offset=past,
-            kv_offset=0,
-            mask_function=causal_mask_function if valid is None else _causal_over(valid),
-            # flash attention knows no mask function: it takes the filler out by itself
-            attention_mask=valid if "flash" in implementation else None,
-            allow_is_causal_skip=valid is None,
-            dtype=rows.dtype,
-            config=config,
-            use_vmap=False,
-            device=rows.device,
-        )
+        if routing.layout == "packed":
+            order = torch.arange(rows.shape[1], device=rows.device)
+            sequence = torch.bucketize(order, routing.cu_seqlens[1:], right=True)
+            mask = own_mask(config, rows, total=rows.shape[1], sequence=sequence)
+            segments = segment_arguments(routing.cu_seqlens, routing.max_kept)
+            return {"attention_mask": mask, **segments}
+        keys = _announce(cache, rows, routing.mask if ragged else None)
+        return {"attention_mask": own_mask(config, rows, **keys)}
 
 
-def _causal_over(valid: Tensor) -> Callable[..., Any]:
-    """Causal attention to keys where `valid` [B, keys] is True.
-
-    A query always sees its own key. That changes nothing for tokens, and spares filler, which would
-    see none at all, a softmax over nothing: NaN, and NaN times zero in the backward pass.
-    """
-
-    def mask(batch_idx: Any, head_idx: Any, q_idx: Any, kv_idx: Any) -> Any:
-        return (kv_idx == q_idx) | ((kv_idx <= q_idx) & valid[batch_idx, kv_idx])
-
-    return mask
-
-
-def _announce(
-    cache: RoutedCacheLayer | None, rows: Tensor, valid: Tensor | None
-) -> tuple[Any, int, Tensor | None]:
+def _announce(cache: RoutedCacheLayer | None, rows: Tensor, valid: Tensor | None) -> dict[str, Any]:
     """Tell the cache of the keys of `rows`; past keys, all keys, and which of all are real."""
     num_slots = rows.shape[1]
     if cache is None:
-        return 0, num_slots, valid
+        return {"past": 0, "total": num_slots, "valid": valid}
     past, total = cache.past_length, cache.total_length(num_slots)
-    return past, total, cache.extend(valid, num_slots, like=rows)
+    return {"past": past, "total": total, "valid": cache.extend(valid, num_slots, like=rows)}
 
 
 def fused_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, float] | None:
@@ -269,11 +259,18 @@ def fused_norm(norm: nn.Module, x: Tensor) -> tuple[Tensor, float] | None:
     return weight, float(epsilon)
 
 
-def gather_positions(embeddings: Any, routing: Routing, length: int) -> Any:
-    """Rotary tables of the kept tokens, each [..., B or 1, S, d] -> [..., B, max_kept, d]."""
+def gather_positions(embeddings: Any, routing: Routing, shape: tuple[int, ...]) -> Any:
+    """Rotary tables of the kept tokens, each [..., B or 1, S, d] -> [..., B, slots, d].
+
+    Args:
+        embeddings: the tables, or None.
+        routing: the kept tokens.
+        shape: (B, S) of the batch, in which a packed one is a single row.
+    """
     if embeddings is None:
         return None
-    rows = routing.index.clamp(min=0).long().view(routing.num_sequences, routing.max_kept)
+    batch, length = shape
+    rows = routing.index.clamp(min=0).long().view(batch, -1)
 
     def take(table: Tensor) -> Tensor:
         if table.shape[-3] == 1:  # the same positions in every sequence

@@ -12,8 +12,12 @@ from transformers import AutoConfig, PreTrainedModel
 from pmod_model.configuration import PModConfig
 from pmod_model.inject import inject_pmod
 from pmod_model.llava import PModLlavaForConditionalGeneration
+from pmod_model.llava_next import PModLlavaNextForConditionalGeneration
 
-OWN_CLASSES = {cls.__name__: cls for cls in (PModLlavaForConditionalGeneration,)}
+OWN_CLASSES: dict[str, type[PreTrainedModel]] = {
+    cls.__name__: cls
+    for cls in (PModLlavaForConditionalGeneration, PModLlavaNextForConditionalGeneration)
+}
 SHOWN = 20
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 
@@ -32,8 +36,9 @@ def load_pretrained(
         The model, in evaluation mode.
 
     Raises:
-        ValueError: the checkpoint has no p-MoD settings or two of them, its class is unknown, or
-            parameters are missing or surplus; the message lists them.
+        ValueError: the checkpoint has no p-MoD settings or two of them, its class is unknown, a
+            model of images is to be split into pipeline stages, or parameters are missing or
+            surplus; the message lists them.
     """
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **hub)
@@ -44,6 +49,12 @@ def load_pretrained(
         )
         raise ValueError(
             f"load_pretrained: pmod: expected {expected}, because {path} {because}, got {pmod}"
+        )
+    stages = getattr(kwargs.get("distributed_config"), "pp_size", None) or 1
+    if stages > 1 and config.get_text_config() is not config:
+        raise ValueError(
+            "load_pretrained: distributed_config: expected pp_size 1 for a vision-language model,"
+            f" whose decoder transformers does not split, got {stages}"
         )
     settings = pmod or PModConfig.from_dict(saved)
     model_class: Any = _model_class(path, config)

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from pmod_model.cache_name import find_cache
 from pmod_model.configuration import PModConfig
 from pmod_model.context import RoutingRecord, make_context
+from pmod_model.images import ImageTokens, embed_cut_images, find_images
+from pmod_model.packing import Packing, apart_from_vision, find_packing, packed_inputs
 from pmod_model.router import Router
-from pmod_model.targets import derive_target_mask
+from pmod_model.targets import derive_target_mask, has_high_resolution, has_mrope
 
 VAR_KEYWORD = Parameter.VAR_KEYWORD
 
@@ -45,17 +47,23 @@ class DecoderModel(_Base):
         *args: Any,
         target_mask: Tensor | None = None,
         valid_mask: Tensor | None = None,
+        pool_id: Tensor | None = None,
+        text_packing: Mapping[str, Any] | None = None,
         routing_records: list[RoutingRecord] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The backbone's forward; tokens where `target_mask` [B, S] is True are routed."""
-        inputs = by_name(super().forward, args, kwargs)
+        """The backbone's forward; tokens where `target_mask` [B, S] is True are routed.
+
+        `pool_id`, int [B, S], says which of them share a budget where `pool` is not "sequence".
+        """
+        inputs = by_name(super().forward, args, kwargs) | dict(text_packing or {})
         embeddings, input_ids = inputs.get("inputs_embeds"), inputs.get("input_ids")
         hidden = embeddings if embeddings is not None else input_ids
         if hidden is None:
             return super().forward(**inputs)  # which says what is missing
-        if target_mask is not None:
-            self._refuse_packed(inputs)
+        packing = None if target_mask is None else self._packing(inputs, hidden)
+        if packing is not None:
+            inputs |= packed_inputs(packing, inputs, has_mrope(self.config))
         layers: Any = self.layers
         context = make_context(
             self.pmod_ratios,
@@ -64,29 +72,19 @@ class DecoderModel(_Base):
             attention_mask=inputs.get("attention_mask"),
             valid_mask=valid_mask,
             pool=self.pmod_config.pool,
+            pool_id=pool_id,
             tokens_per_image=self.pmod_tokens_per_image,
             records=routing_records,
             layers=layers,
+            packing=packing,
         )
         return super().forward(**inputs, routing_context=context)
 
-    def _refuse_packed(self, inputs: Mapping[str, Any]) -> None:
-        for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-            if inputs.get(name) is not None:
-                raise ValueError(f"{name}: expected None with target_mask, got a packed batch")
+    def _packing(self, inputs: Mapping[str, Any], hidden: Tensor) -> Packing | None:
         use_cache = inputs.get("use_cache")
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        cached = find_cache(inputs, self.pmod_cache_name) is not None
-        cached = cached or (use_cache and not self.training)
-        positions: Any = inputs.get("position_ids")
-        if cached or inputs.get("attention_mask") is not None or getattr(positions, "ndim", 0) != 2:
-            return
-        # without mask and cache, transformers reads jumps in explicit positions as new sequences
-        if bool((positions.diff(dim=-1) != 1).any()):
-            raise ValueError(
-                "position_ids: expected consecutive positions, or an attention_mask, with"
-                " target_mask, got a packed batch"
-            )
+        cached = bool(use_cache) or find_cache(inputs, self.pmod_cache_name) is not None
+        caches = use_cache is None and self.config.use_cache and not self.training
+        return find_packing(inputs, hidden, cached=cached, caches=caches)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Router):
@@ -102,14 +100,34 @@ class MultimodalModel(_Base):
     pmod_cache_name: str
 
     def forward(self, *args: Any, target_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """The backbone's forward; a missing `target_mask` [B, S] is derived from the inputs."""
+        """The backbone's forward; a missing `target_mask` [B, S] is derived from the inputs.
+
+        A row of LLaVA may end within an image, if it was cut to a longest length.
+        """
         inputs = by_name(super().forward, args, kwargs)
+        images = find_images(self, inputs)
         if target_mask is None:
             cache = find_cache(inputs, self.pmod_cache_name)
-            target_mask = derive_target_mask(self.config, self.pmod_config, inputs, cache)
+            target_mask = derive_target_mask(self.config, self.pmod_config, inputs, cache, images)
         if target_mask is not None:
             inputs["target_mask"] = target_mask
-        return super().forward(**inputs)
+            inputs |= self._pools(images)
+        if images is not None and images.cut:
+            inputs = embed_cut_images(self, inputs, images)
+        return super().forward(**apart_from_vision(inputs, hasattr(self, "get_rope_index")))
+
+    def _pools(self, images: ImageTokens | None) -> dict[str, Tensor]:
+        pool = self.pmod_config.pool
+        if pool == "sequence":
+            return {}
+        if images is not None:
+            return {"pool_id": images.pools(pool)}
+        if has_high_resolution(self.config):
+            raise ValueError(
+                f'pool: expected "sequence" where the inputs do not tell which tokens of'
+                f' {type(self).__name__} are of which image, got "{pool}"'
+            )
+        return {}
 
 
 class GenerativeModel(_Base):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pmod_model.configuration import PModConfig
+
+if TYPE_CHECKING:
+    from pmod_model.images import ImageTokens
 
 
 def vision_token_ids(model_config: Any) -> tuple[int, ...]:
@@ -20,12 +23,15 @@ def vision_token_ids(model_config: Any) -> tuple[int, ...]:
 
 def tokens_per_image(model_config: Any) -> int | None:
     """Tokens of an image if all have the same number (LLaVA-1.5), else None."""
+    return None if has_high_resolution(model_config) else tokens_per_view(model_config)
+
+
+def tokens_per_view(model_config: Any) -> int | None:
+    """Tokens of a crop in LLaVA: the image of LLaVA-1.5, the base view of LLaVA-NeXT; else None."""
     strategy = getattr(model_config, "vision_feature_select_strategy", None)
     vision = getattr(model_config, "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    if has_high_resolution(model_config) or strategy is None:
-        return None
-    if not (isinstance(size, int) and isinstance(patch, int)):
+    if strategy is None or not (isinstance(size, int) and isinstance(patch, int)):
         return None
     has_class_token = getattr(vision, "model_type", "") == "clip_vision_model"
     return (size // patch) ** 2 + (strategy == "full" and has_class_token)
@@ -36,14 +42,31 @@ def has_high_resolution(model_config: Any) -> bool:
     return getattr(model_config, "image_grid_pinpoints", None) is not None
 
 
+def has_mrope(decoder_config: Any) -> bool:
+    """Whether positions have three dimensions (Qwen-VL)."""
+    return "mrope_section" in (getattr(decoder_config, "rope_parameters", None) or {})
+
+
 def derive_target_mask(
-    model_config: Any, config: PModConfig, inputs: Mapping[str, Any], cache: Any
+    model_config: Any,
+    config: PModConfig,
+    inputs: Mapping[str, Any],
+    cache: Any,
+    images: ImageTokens | None = None,
 ) -> Tensor | None:
     """The mask, bool [B, S], from the inputs of a multimodal model; None = nothing competes.
 
     A single token, and tokens that follow a prompt in `cache` without new images, are being decoded
     and never routed. With `target_tokens="all"`, every token competes if the batch holds an image,
-    text-only sequences included, as in the authors' code.
+    text-only sequences included, as in the authors' code. With "vision_high_res", the base views of
+    LLaVA-NeXT do not compete, the newlines of its high-resolution maps do.
+
+    Args:
+        model_config: the config of the multimodal model.
+        config: the settings.
+        inputs: what its forward pass gets, by name.
+        cache: the key-value cache among them, or None.
+        images: where the images of LLaVA are, if that could be told.
 
     Raises:
         ValueError: the mask cannot be derived and must be given.
@@ -64,10 +87,14 @@ def derive_target_mask(
     if cache is not None and not has_vision and bool(cache.get_seq_length() > 0):
         return None
     if config.target_tokens == "vision_high_res" and has_high_resolution(model_config):
-        raise ValueError(
-            "target_mask: expected bool [B, S], because input_ids do not tell which tokens of"
-            f" {type(model_config).__name__} are of high resolution, got None"
-        )
+        if images is not None:
+            return images.high_resolution()
+        if has_vision:
+            raise ValueError(
+                "target_mask: expected bool [B, S], because the inputs do not tell which tokens of"
+                f" {type(model_config).__name__} are of high resolution, got None"
+            )
+        return None
     vision = torch.zeros_like(input_ids, dtype=torch.bool)
     for token in token_ids:
         vision |= input_ids == token

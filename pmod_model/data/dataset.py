@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from pmod_model.data.encoding import IGNORED, encode_conversation
+from pmod_model.data.encoding import IGNORED, encode_conversation, stack_images
 from pmod_model.data.errors import InputError
 from pmod_model.data.images import open_image, resolve_image
 from pmod_model.data.records import Record, Turn
@@ -101,7 +101,7 @@ class Collator:
     """Pads a list of encoded conversations on the right and stacks their images.
 
     Returns input_ids, attention_mask, labels int64 [B, S] and, if any has images, pixel_values
-    [images, ...].
+    [images, ...] (and image_sizes [images, 2] for LLaVA-NeXT).
     """
 
     pad_token_id: int
@@ -116,7 +116,4 @@ class Collator:
                 [feature["labels"] for feature in features], batch_first=True, padding_value=IGNORED
             ),
         }
-        pixels = [feature["pixel_values"] for feature in features if "pixel_values" in feature]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
-        return batch
+        return batch | stack_images(features)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from pmod_model.data.errors import InputError
 from pmod_model.data.records import Turn, messages_of
 
 IGNORED = -100
+IMAGE_INPUTS = ("pixel_values", "image_sizes")  # the latter where images are cut into crops
+CROPPED = 5
 
 
 def encode_prompt(processor: Any, turn: Turn, image: Image.Image | None) -> dict[str, Tensor]:
-    """Inputs of one question, up to where its answer begins: input_ids int64 [S], pixel_values."""
+    """Inputs of one question, up to where its answer begins: input_ids int64 [S], and images."""
     text = processor.apply_chat_template(messages_of([turn])[:1], add_generation_prompt=True)
     return _process(processor, text, [] if image is None else [image])
 
@@ -30,8 +32,8 @@ def encode_conversation(
     and from the tokenizer's character offsets, never from searching the text.
 
     Returns:
-        input_ids, labels int64 [S] (-100 where nothing is learnt), and pixel_values if there are
-        images.
+        input_ids, labels int64 [S] (-100 where nothing is learnt), and what the processor makes of
+        images, if there are any: pixel_values, and image_sizes from that of LLaVA-NeXT.
 
     Raises:
         InputError: the template renders a prefix of the conversation differently from the whole, or
@@ -58,6 +60,24 @@ def encode_conversation(
             place, "conversations", "an answer that the tokenizer can encode", "no labels"
         )
     return {**inputs, "labels": expanded}
+
+
+def stack_images(encoded: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The images of several encoded conversations or prompts, in order; empty if there are none.
+
+    Images of LLaVA-NeXT, [images, crops, 3, H, W], get as many crops as the largest has, as from
+    its processor; the model reads only those that are there.
+    """
+    stacked = {}
+    for name in IMAGE_INPUTS:
+        images = [inputs[name] for inputs in encoded if name in inputs]
+        if images and images[0].ndim == CROPPED:
+            most = max(image.shape[1] for image in images)
+            pad = torch.nn.functional.pad
+            images = [pad(image, (0, 0) * 3 + (0, most - image.shape[1])) for image in images]
+        if images:
+            stacked[name] = torch.cat(images)
+    return stacked
 
 
 def _render(processor: Any, turns: Sequence[Turn], place: str) -> tuple[str, list[tuple[int, int]]]:
@@ -90,7 +110,7 @@ def _process(processor: Any, text: str, images: Sequence[Image.Image]) -> dict[s
     )
     encoded = {"input_ids": inputs["input_ids"][0]}
     if images:
-        encoded["pixel_values"] = inputs["pixel_values"]
+        encoded |= {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
     return encoded
 
 

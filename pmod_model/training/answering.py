@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmod_model.data.encoding import encode_prompt
+from pmod_model.data.encoding import encode_prompt, stack_images
 from pmod_model.data.errors import InputError
 from pmod_model.data.images import open_image, resolve_image
 from pmod_model.data.records import IMAGE, Record, Turn
@@ -119,7 +119,7 @@ def unknown_words(processor: Any, text: str) -> list[str]:
 
 
 def pad_prompts(prompts: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """One batch of prompts: input_ids, attention_mask [B, S], padded left, and pixel_values."""
+    """One batch of prompts: input_ids, attention_mask [B, S], padded left, and images."""
     length = max(len(prompt["input_ids"]) for prompt in prompts)
     ids = torch.full((len(prompts), length), pad_token_id)
     mask = torch.zeros(len(prompts), length, dtype=torch.int64)
@@ -127,8 +127,7 @@ def pad_prompts(prompts: Sequence[dict[str, Tensor]], pad_token_id: int) -> dict
         ids[row, length - len(prompt["input_ids"]) :] = prompt["input_ids"]
         mask[row, length - len(prompt["input_ids"]) :] = 1
     batch = {"input_ids": ids, "attention_mask": mask}
-    pixels = [prompt["pixel_values"] for prompt in prompts if "pixel_values" in prompt]
-    return {**batch, "pixel_values": torch.cat(pixels)} if pixels else batch
+    return batch | stack_images(prompts)
 
 
 def _check_length(model: PreTrainedModel, length: int, place: str) -> None:

@@ -18,9 +18,15 @@ from transformers import (
 from pmod_model.configuration import PModConfig
 from pmod_model.data.errors import InputError
 from pmod_model.llava import PModLlavaConfig, PModLlavaForConditionalGeneration
+from pmod_model.llava_next import PModLlavaNextConfig, PModLlavaNextForConditionalGeneration
 from pmod_model.loading import load_pretrained
 from pmod_model.training.preset import Preset
 
+# what becomes of a dense LLaVA
+OWN_TYPES: dict[str, tuple[Any, Any]] = {
+    "llava": (PModLlavaConfig, PModLlavaForConditionalGeneration),
+    "llava_next": (PModLlavaNextConfig, PModLlavaNextForConditionalGeneration),
+}
 SHOWN = 20
 
 
@@ -75,12 +81,12 @@ def _load(
     try:
         if getattr(config, "pmod", None) is not None:
             return load_pretrained(folder, **options)
-        if pmod is not None and config.model_type != "llava":
+        if pmod is not None and config.model_type not in OWN_TYPES:
             return load_pretrained(folder, pmod=pmod, **options)
         loader: Any = AutoModelForImageTextToText
         if pmod is not None:
-            loader = PModLlavaForConditionalGeneration
-            options["config"] = PModLlavaConfig(pmod=pmod, **config.to_dict())
+            config_class, loader = OWN_TYPES[config.model_type]
+            options["config"] = config_class(pmod=pmod, **config.to_dict())
         model, info = loader.from_pretrained(folder, output_loading_info=True, **options)
     except (SafetensorError, RuntimeError) as error:
         got = str(error).splitlines()[0]

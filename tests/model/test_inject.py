@@ -3,25 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
-from model.caches import CACHE, cache_of
 from transformers import (
-    GraniteConfig,
-    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
-    MistralConfig,
-    MistralForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
@@ -40,14 +26,6 @@ TEXT: dict[str, Any] = {
     "eos_token_id": None,
     "bos_token_id": None,
 }
-BACKBONES = [
-    (LlamaForCausalLM, LlamaConfig(**TEXT)),
-    (MistralForCausalLM, MistralConfig(**TEXT, sliding_window=None)),
-    (Qwen2ForCausalLM, Qwen2Config(**TEXT)),
-    (Qwen3ForCausalLM, Qwen3Config(**TEXT, head_dim=16)),
-    (Phi3ForCausalLM, Phi3Config(**TEXT, sliding_window=None)),
-    (GraniteForCausalLM, GraniteConfig(**TEXT, residual_multiplier=0.3, attention_multiplier=0.25)),
-]
 
 
 def tokens() -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,25 +64,6 @@ def test_names_keys_and_outputs_stay_those_of_the_backbone() -> None:
     assert model.config.pmod == RATIOS.to_dict()
 
 
-@pytest.mark.parametrize(
-    ("cls", "config"), BACKBONES, ids=lambda value: getattr(value, "__name__", "")
-)
-def test_backbones_decode_what_they_would_prefill(cls: Any, config: Any) -> None:
-    model = randomise_routers(inject_pmod(cls(config), RATIOS))
-    ids, target = tokens()
-    with torch.no_grad(), record_routing(model) as records:
-        out = model(ids, target_mask=target)
-        step = model(ids[:, -1:], **{CACHE: cache_of(out)}).logits[:, -1]
-        longer = torch.cat((ids, ids[:, -1:]), 1)
-        padded = torch.nn.functional.pad(target, (0, 1))
-        whole = model(longer, target_mask=padded, use_cache=False).logits[:, -1]
-    torch.testing.assert_close(step, whole, atol=1e-4, rtol=1e-4)
-    lengths = [layer.keys.shape[-2] for layer in cache_of(out).layers]
-    # rows keep 4 + 8 and 12 + 4, 4 + 4 and 12 + 2, 4 + 1 and 12 + 0; one token was decoded
-    assert lengths == [21, 17, 15, 13]
-    assert [int(kept.sum()) for kept in records[0].kept.values()] == [12, 6, 1]
-
-
 def test_the_fused_norms_are_what_their_modules_compute() -> None:
     import transformers.models as models
 
@@ -130,61 +89,6 @@ def test_the_fused_norms_are_what_their_modules_compute() -> None:
         assert weight is norm.weight
         assert epsilon == 1e-3
         assert layer_module.fused_norm(norm, x.float()) is None
-
-
-def qwen_vl() -> tuple[Any, dict[str, torch.Tensor]]:
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_heads": 2,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "window_size": 112,
-        "out_hidden_size": 64,
-        "fullatt_block_indexes": [1],
-        "in_chans": 3,
-    }
-    rope = {"type": "mrope", "mrope_section": [2, 3, 3], "rope_type": "default"}
-    config = Qwen2_5_VLConfig(
-        vision_config=vision,
-        text_config={**TEXT, "rope_scaling": rope},
-        image_token_id=120,
-        video_token_id=121,
-        vision_start_token_id=118,
-        vision_end_token_id=119,
-    )
-    image = [118, *[120] * 8, 119]
-    rows = [[5, *image, 7, 8, 9], [*image, 10, 11, 12, 13]]
-    ids = torch.tensor(rows)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": torch.randn(64, 3 * 2 * 14 * 14),
-        "image_grid_thw": torch.tensor([[1, 4, 8], [1, 8, 4]]),
-        "mm_token_type_ids": (ids == 120).int(),
-    }
-    return Qwen2_5_VLForConditionalGeneration(config), inputs
-
-
-def test_qwen_vl_with_its_three_dimensional_positions() -> None:
-    model, inputs = qwen_vl()
-    randomise_routers(inject_pmod(model, RATIOS))
-    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
-    options |= {"suppress_tokens": [118, 119, 120, 121], "eos_token_id": None, "pad_token_id": 0}
-    with record_routing(model) as records:
-        out = model.generate(**inputs, **options)
-    assert torch.equal(
-        out.sequences, model.generate(**inputs, **options, use_cache=False).sequences
-    )
-    assert [layer.keys.shape[-2] for layer in cache_of(out).layers] == [19, 15, 13, 11]
-    assert torch.equal(records[0].target_mask, inputs["input_ids"] == 120)
-    for index in range(2):
-        alone = {name: inputs[name][[index]] for name in inputs if name != "pixel_values"}
-        alone["pixel_values"] = inputs["pixel_values"].chunk(2)[index]
-        one = model.generate(**alone, **options).sequences
-        assert torch.equal(one[0], out.sequences[index])
 
 
 def test_a_second_model_in_the_process_is_untouched() -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from model.backbones import qwen2_5_vl
 from model.caches import CACHE
-from model.test_inject import qwen_vl, randomise_routers
+from model.test_inject import randomise_routers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -39,9 +40,9 @@ def second_turn(make_llava: Callable[..., Any], batch: dict[str, Tensor]) -> lis
 
 def multimodal_rope(make_llava: Callable[..., Any], batch: dict[str, Tensor]) -> list[Tensor]:
     torch.manual_seed(0)
-    model, inputs = qwen_vl()
-    randomise_routers(inject_pmod(model, PModConfig(schedule=[1.0, 0.5, 0.25, 0.1])))
-    return [model(**inputs).logits]
+    backbone = qwen2_5_vl()
+    randomise_routers(inject_pmod(backbone.model, PModConfig(schedule=[1.0, 0.5, 0.25, 0.1])))
+    return [backbone.model(**backbone.batch()).logits]
 
 
 def checkpointing(make_llava: Callable[..., Any], batch: dict[str, Tensor]) -> list[Tensor]:
