@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from pmod_model.configuration import PModConfig
-    from pmod_model.training.sources import Source
+from pmod_model.cli_reports import REPORT_EXAMPLE, VIEW_EXAMPLE, report, view
+from pmod_model.cli_shared import (
+    BatchSize,
+    Data,
+    ImageFolder,
+    MaxNewTokens,
+    Run,
+    Threads,
+    data_source,
+    find_image,
+    pmod_config,
+    quiet,
+)
 
 UsageError: Any = typer.BadParameter.__base__
 ClickException: Any = UsageError.__base__
-EASY_VQA_IMAGE = "easy-vqa:"
 INTERRUPTED = 130
 
 app = typer.Typer(
@@ -29,15 +35,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Data = Annotated[
-    str, typer.Option(help='"easy-vqa", or a LLaVA json: [{id, image, conversations}].')
-]
-ImageFolder = Annotated[str | None, typer.Option(help="Folder of the images that the json names.")]
-Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves it to torch.")]
-BatchSize = Annotated[int, typer.Option(help="Conversations or questions at a time.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer in tokens.")]
-Run = Annotated[Path, typer.Option(help="Run folder, made by pmod train.")]
 
 
 @app.command(
@@ -76,14 +73,14 @@ def train(
     """Train a p-MoD LLaVA, or its dense twin, on easy-VQA or on your own LLaVA json."""
     if dense and pmod:
         raise typer.BadParameter("expected no settings with --dense", param_hint="--pmod")
-    settings = None if dense else _pmod_config(pmod or [])
-    _quiet()
+    settings = None if dense else pmod_config(pmod or [])
+    quiet()
     from pmod_model.training import train as training
     from pmod_model.training.preset import Preset
 
     options = training.TrainOptions(
         output=output,
-        source=_source(data, image_folder),
+        source=data_source(data, image_folder),
         pmod=settings,
         model=model,
         preset=Preset(image_size, patch_size, hidden_size, layers),
@@ -114,11 +111,11 @@ def generate(
     threads: Threads = 0,
 ) -> None:
     """Answer questions about an image in words."""
-    _quiet(threads)
+    quiet(threads)
     from pmod_model.training.answering import answer, make_question, unknown_words
     from pmod_model.training.models import load_model
 
-    picture = _image(image)
+    picture = find_image(image, "generate")
     questions = [make_question(text, picture, "generate") for text in prompt]
     language_model, processor = load_model(model, "generate")
     unknown = unknown_words(processor, " ".join(prompt))
@@ -146,32 +143,52 @@ def evaluate(
     threads: Threads = 0,
 ) -> None:
     """Measure exact-match accuracy on held-out questions; writes evaluation.json into the run."""
-    _quiet(threads)
+    quiet(threads)
     from pmod_model.report.terminal import print_evaluation
     from pmod_model.training import evaluate as evaluation
 
-    source = None if data is None else _source(data, image_folder)
+    source = None if data is None else data_source(data, image_folder)
     result = evaluation.evaluate(
         model, source, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens
     )
     print_evaluation(result)
 
 
-@app.command(epilog="Example: pmod report runs/pmod runs/dense --output report.html")
-def report(
-    pmod: Annotated[Path, typer.Argument(help="Run folder of the p-MoD model.")],
-    dense: Annotated[Path, typer.Argument(help="Run folder of its dense twin.")],
-    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
-    examples: Annotated[int, typer.Option(help="Test images to draw.")] = 6,
-    threads: Threads = 0,
-) -> None:
-    """Compare two runs in a self-contained report.html, and in a table here."""
-    _quiet(threads)
-    from pmod_model.report.build import build_report
-    from pmod_model.report.terminal import print_comparison
+app.command(epilog=REPORT_EXAMPLE)(report)
+app.command(epilog=VIEW_EXAMPLE)(view)
 
-    comparison = build_report(pmod, dense, output, examples=examples)
-    print_comparison(comparison, output)
+
+@app.command(
+    epilog="Example: pmod convert p-MoD-LLaVA-NeXT-7B converted && "
+    "pmod convert converted p-MoD-again --to official"
+)
+def convert(
+    source: Annotated[Path, typer.Argument(help="Checkpoint folder to read.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to make.")],
+    to: Annotated[
+        Literal["transformers", "official"],
+        typer.Option(help="Format to write: ours, for transformers, or that of the authors' code."),
+    ] = "transformers",
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the CLIP model, unless it is openai/clip-vit-large-patch14-336 and its"
+            " weights are in SOURCE; with --to official, the name to write."
+        ),
+    ] = None,
+) -> None:
+    """Convert a checkpoint of the authors' p-MoD code for transformers, or back."""
+    quiet()
+    from pmod_model import checkpoint
+
+    if to == "official":
+        made = checkpoint.to_official(source, destination, vision_tower)
+    else:
+        tower = None if vision_tower is None else Path(vision_tower)
+        made = checkpoint.from_official(source, destination, tower)
+    for note in made.notes:
+        typer.echo(f"pmod convert: {note}", err=True)
+    typer.echo(f"{made.model}: {made.parameters:,} parameters, saved in {destination}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,56 +224,6 @@ def _fail(message: str, status: int) -> int:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _quiet(threads: int = 0) -> None:
-    """Leave one progress bar at a time: silence those of loading and saving weights."""
-    if threads < 0:
-        raise typer.BadParameter(f"expected an integer >= 0, got {threads}", param_hint="--threads")
-    import torch
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def _pmod_config(settings: Sequence[str]) -> PModConfig:
-    from pmod_model.configuration import PModConfig
-
-    values: dict[str, Any] = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"expected field=value, got {setting!r}", param_hint="--pmod")
-        try:
-            values[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            values[name.strip()] = value
-    try:
-        return PModConfig(**values)
-    except (ValueError, TypeError) as error:
-        raise typer.BadParameter(str(error), param_hint="--pmod") from None
-
-
-def _source(data: str, image_folder: str | None) -> Source:
-    from pmod_model.training.sources import Source
-
-    return Source(data, image_folder)
-
-
-def _image(name: str) -> Image:
-    from pmod_model.data.easyvqa import easy_vqa_records
-    from pmod_model.data.errors import InputError
-    from pmod_model.data.images import open_image, resolve_image
-
-    if not name.startswith(EASY_VQA_IMAGE):
-        return open_image(Path(name), "generate")
-    number = name.removeprefix(EASY_VQA_IMAGE)
-    if not number.isdecimal():
-        raise InputError("generate", "--image", "easy-vqa:NUMBER", name)
-    _, folder = easy_vqa_records("test")
-    return open_image(resolve_image(folder, f"{number}.png", "generate"), "generate")
 
 
 if __name__ == "__main__":

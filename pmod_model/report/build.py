@@ -5,12 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from pmod_model.data.errors import InputError
 from pmod_model.report.comparison import (
     PLACE,
-    Row,
     Run,
     accuracy_gain,
     cost_rows,
@@ -18,12 +15,12 @@ from pmod_model.report.comparison import (
     speed_note,
 )
 from pmod_model.report.examples import choose_examples
+from pmod_model.report.page import check_page_path, render_page
 from pmod_model.report.pictures import loss_curves
+from pmod_model.report.rows import Row
 from pmod_model.training.answering import record_question
 from pmod_model.training.run_folder import write_text
 from pmod_model.training.sources import Source
-
-MARK = '<meta name="generator" content="pmod report">'
 
 
 def build_report(pmod: Path, dense: Path, output: Path, *, examples: int = 6) -> dict[str, Any]:
@@ -43,7 +40,7 @@ def build_report(pmod: Path, dense: Path, output: Path, *, examples: int = 6) ->
     """
     if examples < 1:
         raise InputError(PLACE, "--examples", "an integer >= 1", examples)
-    check_report_path(output)
+    check_page_path(output, PLACE)
     runs = load_runs(pmod, dense)
     data = Source.from_dict(_held_out(runs)).load("test")
     pictured = next((record for record in data.records if len(record.images) == 1), None)
@@ -65,28 +62,9 @@ def build_report(pmod: Path, dense: Path, output: Path, *, examples: int = 6) ->
         curves=loss_curves({run.name: run.facts["losses"] for run in runs}),
         examples=choose_examples(*runs, data, examples),
     )
-    check_report_path(output)
+    check_page_path(output, PLACE)
     write_text(output, page)
     return figures
-
-
-def check_report_path(output: Path) -> None:
-    """Refuse to replace a file that is not a report.
-
-    Raises:
-        InputError: `output` is a folder, another file, or in a folder that does not exist.
-    """
-    argument = f"--output {str(output)!r}"
-    if not output.parent.is_dir():
-        raise InputError(
-            PLACE, argument, "a file in an existing folder", f"no folder {output.parent}"
-        )
-    if output.is_dir() or output.is_symlink():
-        raise InputError(PLACE, argument, "a file", "a folder or a link")
-    if output.exists() and MARK.encode() not in output.read_bytes()[:1000]:
-        raise InputError(
-            PLACE, argument, "a new file, or a report", "another file", "choose another"
-        )
 
 
 def accuracies(pmod: Run, dense: Run) -> list[tuple[str, str, dict[str, Any] | None]]:
@@ -103,14 +81,7 @@ def accuracies(pmod: Run, dense: Run) -> list[tuple[str, str, dict[str, Any] | N
 
 def render(**values: Any) -> str:
     """The page for these values; every text in them is escaped."""
-    environment = Environment(
-        loader=PackageLoader("pmod_model.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(mark=MARK, **values)
+    return render_page("report.html.j2", **values)
 
 
 def _kinds(pmod: Run, dense: Run) -> list[Row]:

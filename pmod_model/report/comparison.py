@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pmod_model.data.encoding import encode_prompt
 from pmod_model.data.errors import InputError
 from pmod_model.report.prefill import PrefillCost, PrefillTime, prefill_cost, time_prefills
+from pmod_model.report.rows import Row, amount, make_row, milliseconds, operations
 from pmod_model.training.answering import Question, pad_prompts
 from pmod_model.training.models import load_model
 from pmod_model.training.run_folder import read_evaluation, read_run
@@ -40,17 +41,6 @@ class Run:
 
 # What twins have in common, so that a difference between them is one of routing.
 SHARED = ("source", "steps", "batch_size", "turns", "learning_rate", "seed", "layers", "records")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measure of both models; `ratio` is p-MoD over dense, None where it has no meaning."""
-
-    name: str
-    note: str
-    pmod: str
-    dense: str
-    ratio: float | None
 
 
 def load_runs(pmod: Path, dense: Path) -> tuple[Run, Run]:
@@ -117,19 +107,19 @@ def speed_note(rows: Sequence[Row]) -> str:
 def _training_row(pmod: Run, dense: Run) -> Row:
     seconds = [run.facts["cpu_seconds"] for run in (pmod, dense)]
     note = f"CPU time of all threads, {pmod.facts['steps']} steps"
-    return _row("Training", note, seconds, lambda value: f"{value:.0f} s")
+    return make_row("Training", note, seconds, lambda value: f"{value:.0f} s")
 
 
 def _counted_rows(pmod: PrefillCost, dense: PrefillCost) -> list[Row]:
     tokens = f"{dense.vision_tokens} vision + {dense.text_tokens} text tokens"
     pairs = [
-        ("FLOPs", f"linear layers and head, {tokens}", "linear_flops", _mega),
-        ("FLOPs", "with attention", "all_flops", _mega),
-        ("KV cache", f"measured, {tokens}", "kv_bytes", _kilobytes),
-        ("KV cache", "vision tokens only", "kv_bytes_vision", _kilobytes),
+        ("FLOPs", f"linear layers and head, {tokens}", "linear_flops", operations),
+        ("FLOPs", "with attention", "all_flops", operations),
+        ("KV cache", f"measured, {tokens}", "kv_bytes", amount),
+        ("KV cache", "vision tokens only", "kv_bytes_vision", amount),
     ]
     return [
-        _row(name, note, [getattr(cost, field) for cost in (pmod, dense)], show)
+        make_row(name, note, [getattr(cost, field) for cost in (pmod, dense)], show)
         for name, note, field, show in pairs
     ]
 
@@ -137,25 +127,8 @@ def _counted_rows(pmod: PrefillCost, dense: PrefillCost) -> list[Row]:
 def _time_rows(pmod: PrefillTime, dense: PrefillTime) -> list[Row]:
     prompts = f"{pmod.batch} prompt{'s' if pmod.batch > 1 else ''}"
     return [
-        _row(
-            PREFILL_TIME, f"{prompts}, wall clock, median", [pmod.wall, dense.wall], _milliseconds
+        make_row(
+            PREFILL_TIME, f"{prompts}, wall clock, median", [pmod.wall, dense.wall], milliseconds
         ),
-        _row(PREFILL_TIME, f"{prompts}, CPU time, median", [pmod.cpu, dense.cpu], _milliseconds),
+        make_row(PREFILL_TIME, f"{prompts}, CPU time, median", [pmod.cpu, dense.cpu], milliseconds),
     ]
-
-
-def _row(name: str, note: str, values: Sequence[float], show: Any) -> Row:
-    ratio = values[0] / values[1] if values[1] else None
-    return Row(name, note, show(values[0]), show(values[1]), ratio)
-
-
-def _mega(value: float) -> str:
-    return f"{value / 1e6:,.1f} M" if value < 1e9 else f"{value / 1e9:,.1f} G"
-
-
-def _kilobytes(value: float) -> str:
-    return f"{value / 1024:,.0f} KiB" if value < 10 * 2**20 else f"{value / 2**20:,.1f} MiB"
-
-
-def _milliseconds(value: float) -> str:
-    return f"{value * 1e3:,.1f} ms"

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from pmod_model.data.encoding import encode_prompt
-from pmod_model.inject import record_routing
 from pmod_model.report.comparison import Run
+from pmod_model.report.kept import record_kept
 from pmod_model.report.pictures import data_uri, kept_view, model_view
 from pmod_model.training.answering import Question, record_question
 from pmod_model.training.evaluate import normal
@@ -92,12 +91,9 @@ def _answers_by_image(pmod: Run, dense: Run) -> dict[str, list[Answer]]:
 def _example(run: Run, name: str, question: Question, answers: Sequence[Answer]) -> Example:
     inputs = encode_prompt(run.processor, question.turn, question.image)
     vision = inputs["input_ids"] == run.model.config.image_token_id
-    with torch.inference_mode(), record_routing(run.model) as records:
-        batch = {**inputs, "input_ids": inputs["input_ids"][None]}
-        run.model(**batch, attention_mask=torch.ones_like(batch["input_ids"]))
     settings = run.processor.image_processor
     seen = model_view(inputs["pixel_values"][0], settings.image_mean, settings.image_std)
-    kept = {layer: mask[0, vision] for layer, mask in records[0].kept.items()} if records else {}
+    kept = record_kept(run.model, inputs)
     tiles = _tiles(seen, kept, run.facts["layers"], int(vision.sum()))
     return Example(name, data_uri(seen), question.turn.text, answers, tiles)
 

@@ -25,9 +25,7 @@ VARIABLES |= {CURVES["p-MoD"]: "var(--pmod)", CURVES["dense"]: "var(--dense)"}
 
 def loss_curves(losses: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
     """Inline SVG of training loss over steps, one curve for each of "p-MoD" and "dense"."""
-    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "pmod", "font.size": 9}
-    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
-    with mpl.rc_context(settings):
+    with mpl.rc_context(style(INK)):
         figure = Figure(figsize=(7.6, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for name, points in losses.items():
@@ -40,16 +38,35 @@ def loss_curves(losses: Mapping[str, Sequence[Sequence[float]]]) -> Markup:
         shown = [value for points in losses.values() for _, value in points]
         if shown:
             axes.set_ylim(0.9 * min(shown), 1.1 * max(shown))
-        axes.grid(color=LINE, linewidth=0.6)
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
+        plain_axes(axes, LINE)
         axes.legend(frameon=False, loc="upper right")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+        return inline_svg(figure)
+
+
+def style(ink: str) -> dict[Any, Any]:
+    """Settings of matplotlib for a figure with text of this colour."""
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "pmod", "font.size": 9}
+    return settings | dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), ink
+    )
+
+
+def plain_axes(axes: Any, line: str) -> None:
+    """Leave a light grid of these lines, without frame and ticks."""
+    axes.grid(color=line, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def inline_svg(figure: Figure) -> Markup:
+    """The SVG of a figure in the colours of `VARIABLES`, which has no text of the user."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
     svg = text.getvalue()
     for color, variable in VARIABLES.items():
         svg = svg.replace(color, variable)
-    return Markup(svg[svg.index("<svg") :])  # no text of the user is in it
+    return Markup(svg[svg.index("<svg") :])
 
 
 def data_uri(image: Image.Image) -> str:
@@ -72,9 +89,10 @@ def kept_view(image: Image.Image, kept: Tensor) -> Image.Image:
 
     Args:
         image: what the model saw.
-        kept: bool [P * P], whether each patch was kept, row by row.
+        kept: bool [rows, columns], whether each patch was kept; or [P * P], row by row.
     """
-    side = round(len(kept) ** 0.5)
-    mask = Image.fromarray(kept.view(side, side).numpy().astype(np.uint8) * 255)
+    side = round(kept.numel() ** 0.5)
+    cells = kept if kept.ndim == 2 else kept.view(side, side)
+    mask = Image.fromarray(cells.numpy().astype(np.uint8) * 255)
     dark = image.point([round(value * DARKEN) for value in range(256)] * 3)
     return Image.composite(image, dark, mask.resize(image.size, Image.Resampling.NEAREST))

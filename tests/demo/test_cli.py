@@ -65,10 +65,10 @@ def test_help_does_not_import_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("train", "generate", "evaluate", "report"))
+    assert all(name in done.stdout for name in ("train", "generate", "evaluate", "report", "view"))
 
 
-@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["train", "generate", "evaluate", "report", "view"])
 def test_help_of_a_command_shows_an_example(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -211,6 +211,8 @@ BAD_OPTIONS = [
     ("evaluate --model {runs}/pmod --limit -1", 1, "--limit"),
     ("report {runs}/dense {runs}/pmod", 1, "expected a p-MoD run, got a dense run"),
     ("report {runs}/pmod {runs}/dense --examples 0", 1, "--examples"),
+    ("report {runs}/pmod {runs}/dense --measure", 2, "--measure: expected one model, got two"),
+    ("report absent --text-tokens 5", 1, "MODEL 'absent': expected a folder with a config.json"),
     ("nonsense", 2, "nonsense"),
 ]
 

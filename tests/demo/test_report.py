@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from pmod_model.data.errors import InputError
-from pmod_model.report.build import MARK, check_report_path, render
-from pmod_model.report.comparison import Row
+from pmod_model.report.build import render
 from pmod_model.report.examples import Answer, Example, Tile
+from pmod_model.report.page import MARK, check_page_path
 from pmod_model.report.pictures import data_uri, kept_view, loss_curves, model_view
+from pmod_model.report.rows import Row
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)></style>\"'&javascript:"
 
@@ -102,7 +103,7 @@ def test_model_view_undoes_normalisation() -> None:
 def test_report_never_replaces_another_file(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text(f"<html>{MARK}")
-    check_report_path(page)
+    check_page_path(page, "report")
     page.write_text("<html>")
     for path, message in (
         (page, "another file"),
@@ -110,4 +111,4 @@ def test_report_never_replaces_another_file(tmp_path: Path) -> None:
         (tmp_path / "absent" / "report.html", "an existing folder"),
     ):
         with pytest.raises(InputError, match=message):
-            check_report_path(path)
+            check_page_path(path, "report")
