@@ -12,7 +12,8 @@ from typing import Any
 
 MAIN, DEFAULT = "_baseline.json", "_default-allocator-baseline.json"
 ID = re.compile(r"\[(.+)-([^-]+)-b(\d+)-r([\d.]+)-d(\d+)-(\w+)-t(\d+)\]$")
-RIVALS = ("eager", "compile", "official", "topk")  # the others are copies, or forms of ours
+# the others are copies, or forms of ours
+RIVALS = ("eager", "compile", "official", "topk", "dense")
 FORWARD, TRAINING = "glue-forward", "glue-training"
 
 

@@ -150,6 +150,26 @@ def layer_table(runs: Runs) -> str:
     return by_threads(runs.of("layer"), {"R": SHAPE["R"]}, columns)
 
 
+def model_table(runs: Runs) -> str:
+    """Whole models beside themselves dense; empty where none was timed."""
+    results = [r for r in runs.main if "weights" in r.info]
+    key: Columns = {"what": lambda r: r.kind, **SHAPE}
+    columns: Columns = {"ours, ms": ours, **ratios("dense")}
+    for name in ("flops_ratio", "cache_ratio"):
+        title = name.replace("flops", "FLOPs").replace("_", " ")
+        columns[title] = lambda r, n=name: number(r.info.get(n))
+    columns["reached"] = lambda r: percent(r.info.get("reached"))
+    columns["peak memory"] = lambda r: percent(peak_share(r))
+    columns["cache entries of vision"] = lambda r: percent(r.info.get("vision_share"))
+    return by_threads(results, key, columns) if results else ""
+
+
+def peak_share(r: Result) -> float | None:
+    """Our peak memory above the weights as a share of the dense one."""
+    peaks = r.info.get("peak_bytes")
+    return None if peaks is None else peaks["ours"] / peaks["dense"]
+
+
 def slower(runs: Runs) -> str:
     """Every cell in which a peer beats ours."""
     lines = []
@@ -171,6 +191,7 @@ def generated(runs: Runs | None) -> str:
         "Forward and backward": glue_table(runs.of(TRAINING, headline=True)),
         "Other types and widths": widths(runs),
         "Share of a layer": layer_table(runs),
+        "Whole models": model_table(runs),
         "Selection": select_table(runs),
         "Growth": "![Time against the number of rows](benchmarks.svg)",
         "Op by op": op_table(runs),
@@ -179,7 +200,7 @@ def generated(runs: Runs | None) -> str:
         "Where it is slower": slower(runs),
     }
     parts = [f"Measured on {runs.about}"]
-    parts += [f"## {title}\n\n{text}" for title, text in sections.items()]
+    parts += [f"## {title}\n\n{text}" for title, text in sections.items() if text]
     return "\n\n".join(parts)
 
 

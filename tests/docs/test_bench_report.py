@@ -128,6 +128,18 @@ def test_the_share_of_a_layer_counts_what_it_replaces(runs: figures.Runs) -> Non
     assert row(text, "glue, net / layer, R = 0.5").endswith("| 0.5 % | met |")
 
 
+def test_whole_models_are_beside_themselves_dense(runs: figures.Runs) -> None:
+    assert bench_report.model_table(runs) == ""
+    assert "Whole models" not in bench_report.generated(runs)
+    prefill = entry("prefill-1b-llava_next-b1-r0.5-d2048-bfloat16-t2", 50.0, dense=1.6)
+    prefill["extra_info"] |= {"flops_ratio": 2.0, "reached": 0.8}
+    prefill["extra_info"] |= {"peak_bytes": {"ours": 3, "dense": 4}, "weights": "random"}
+    timed = figures.Runs([figures.parse(prefill)], [], "")
+    assert row(bench_report.model_table(timed), "prefill-1b") == (
+        "| prefill-1b | llava_next | 1 | 0.5 | 50 | 1.6 | 2 | - | 80 % | 75 % | - |"
+    )
+
+
 def test_every_cell_where_a_peer_wins_is_listed(runs: figures.Runs) -> None:
     assert bench_report.slower(runs) == (
         "* glue-forward, llava15, B = 1, R = 0.5, 2 threads, D = 4096, bfloat16: compile_where 0.90"
