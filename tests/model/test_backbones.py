@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from model.backbones import SPECIAL, TEXT_BACKBONES, VISION_BACKBONES, Backbone, Row
 from model.caches import cache_of
 from model.conftest import IMAGE, RATIOS, TEXT, make_opinionated
@@ -210,8 +211,8 @@ def test_the_trial_notices_a_multiplier_that_is_left_out(monkeypatch: pytest.Mon
 
 
 REFUSED = {
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**TEXT, head_dim=16)),
-    "olmo2": (Olmo2ForCausalLM, Olmo2Config(**TEXT)),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 16}),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {}),
 }
 
 
@@ -224,7 +225,11 @@ REFUSED = {
 )
 @pytest.mark.parametrize("inside", ["alone", "in_llava"])
 def test_blocks_with_other_norms_are_refused(name: str, message: str, inside: str) -> None:
-    cls, config = REFUSED[name]
+    cls, config_class, more = REFUSED[name]
+    try:
+        config = config_class(**TEXT, **more)
+    except StrictDataclassFieldValidationError:
+        pytest.skip("this transformers cannot make its own Olmo2Config (a field of the wrong type)")
     vision = {"model_type": "clip_vision_model", "hidden_size": 32, "num_attention_heads": 4}
     model: Any = (
         cls(config)
