@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from inspect import Parameter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +16,14 @@ from pmod_model.configuration import PModConfig
 from pmod_model.context import RoutingRecord, make_context
 from pmod_model.images import ImageTokens, embed_cut_images, find_images
 from pmod_model.packing import Packing, apart_from_vision, find_packing, packed_inputs
+from pmod_model.recompute import SavesSelection
 from pmod_model.router import Router
 from pmod_model.targets import derive_target_mask, has_high_resolution, has_mrope
 
 VAR_KEYWORD = Parameter.VAR_KEYWORD
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel as _Base
-else:
-    _Base = object
 
-
-class DecoderModel(_Base):
+class DecoderModel(SavesSelection):
     """Mixed into the text decoder: plans the routing of a batch, hands it to the layers.
 
     Attributes:
@@ -93,7 +89,7 @@ class DecoderModel(_Base):
             super()._init_weights(module)
 
 
-class MultimodalModel(_Base):
+class MultimodalModel(SavesSelection):
     """Mixed into the model that owns the decoder: derives the target mask from the inputs."""
 
     pmod_config: PModConfig
@@ -130,7 +126,7 @@ class MultimodalModel(_Base):
         return {}
 
 
-class GenerativeModel(_Base):
+class GenerativeModel(SavesSelection):
     """Mixed into the model with the head: `forward` and `generate` accept `target_mask`."""
 
     pmod_config: PModConfig

@@ -1,5 +1,6 @@
 """Gradients: against the oracle, under checkpointing and autocast, and where nothing is routed."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 IMAGE = 120
@@ -64,6 +66,53 @@ def test_checkpointing_changes_no_gradient(
     assert grads.keys() == plain.keys()
     for name in plain:
         torch.testing.assert_close(grads[name], plain[name], atol=1e-7, rtol=1e-5, msg=name)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls of the ops that select."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "pmod":
+            self.calls[func._schema.name.removeprefix("pmod::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("options", "selections"), [({}, 3), ({"use_reentrant": True}, 6)])
+def test_a_checkpointed_layer_selects_once(
+    make_llava: Callable[..., Any],
+    ragged_batch: dict[str, Tensor],
+    options: dict[str, bool],
+    selections: int,
+) -> None:
+    model = make_llava()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False, **options})
+    with Counted() as counted:
+        train(model, with_labels(ragged_batch))
+    # three routed layers, each run twice
+    # where no gradients are recorded, a layer is scored by the one before it
+    selecting = counted.calls["route_gather"] + counted.calls["select_gather"]
+    assert selecting == selections
+    assert counted.calls["gather_rmsnorm"] == 6 - selections
+    assert counted.calls["gather_add_rmsnorm"] == 6
+
+
+def test_a_graph_that_is_kept_runs_its_layers_again(
+    make_llava: Callable[..., Any], ragged_batch: dict[str, Tensor]
+) -> None:
+    inputs = with_labels(ragged_batch)
+    model = make_llava().train()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    loss = model(**inputs).loss
+    router = model.model.language_model.layers[1].mod_router.weight
+    (first,) = torch.autograd.grad(loss, router, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, router)
+    assert torch.equal(first, again)
 
 
 def test_text_only_batch_gives_routers_a_zero_gradient(make_llava: Callable[..., Any]) -> None:
