@@ -22,7 +22,7 @@ from pmod_model.images import cuts_images
 from pmod_model.layer import DenseLayer, RoutedLayer
 from pmod_model.models import DecoderModel, GenerativeModel, MultimodalModel, with_target_mask
 from pmod_model.router import Router
-from pmod_model.schedule import layer_ratios
+from pmod_model.schedule import layer_ratios, warn_of_other_depth
 from pmod_model.targets import has_high_resolution, tokens_per_image
 from pmod_model.trial import check_layers, trial_inputs
 
@@ -40,7 +40,8 @@ def inject_pmod(model: PreTrainedModel, config: PModConfig) -> PreTrainedModel:
 
     Args:
         model: the model, with or without a head.
-        config: the settings; also stored in `model.config.pmod`, which `save_pretrained` writes.
+        config: the settings; also stored in `model.config.pmod`, which `save_pretrained` writes,
+            with the number of layers that they were made for.
 
     Returns:
         `model`.
@@ -69,6 +70,7 @@ def inject_pmod(model: PreTrainedModel, config: PModConfig) -> PreTrainedModel:
             f"a schedule with a ratio <= max_ratio {config.max_ratio}",
             "dense layers only",
         )
+    warn_of_other_depth(config, getattr(model.config, "pmod_layers", None), len(layers))
     for index in ratios:
         _check_block(layers[index], index, decoder.config)
     for module in (model, decoder, *layers):
@@ -202,6 +204,7 @@ def _extend_models(
     for module in (decoder, owner, top):
         module.pmod_config = config
     top.config.pmod = config.to_dict()
+    top.config.pmod_layers = len(decoder.layers)
 
 
 @functools.cache

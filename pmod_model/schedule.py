@@ -13,6 +13,7 @@ max_ratio is dense. The authors' code hard-codes d = 31, which fits 32 layers on
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 
 from pmod_model.configuration import PModConfig
@@ -70,3 +71,16 @@ def _ratio(config: PModConfig, layer: int, num_layers: int) -> float | None:
     depth = config.decay_depth or max(num_layers - 1, 1)
     # min_ratio <= max_ratio, so the floor cannot lift a ratio over the threshold
     return max(CURVES[config.schedule](layer, depth, config.mean_ratio), config.min_ratio)
+
+
+def warn_of_other_depth(config: PModConfig, trained: int | None, num_layers: int) -> None:
+    """Warn where a checkpoint was trained with another number of layers.
+
+    A curve is stretched over the layers that there are, so each gets another ratio than before.
+    """
+    if trained not in (None, num_layers) and isinstance(config.schedule, str):
+        warnings.warn(
+            f"p-MoD: trained with {trained} layers, and this model has {num_layers}: its layers get"
+            " other retention ratios than they were trained with",
+            stacklevel=3,
+        )
