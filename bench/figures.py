@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 MAIN, DEFAULT = "_baseline.json", "_default-allocator-baseline.json"
+# what was timed apart from the rest
+PARTS = {"Whole models": "_models-baseline.json", "Training steps": "_training-baseline.json"}
 ID = re.compile(r"\[(.+)-([^-]+)-b(\d+)-r([\d.]+)-d(\d+)-(\w+)-t(\d+)\]$")
 # the others are copies, or forms of ours
 RIVALS = ("eager", "compile", "official", "topk", "dense")
@@ -84,16 +86,31 @@ def load(folder: Path) -> Runs | None:
     document = json.loads(main.read_text())
     results = [parse(entry) for entry in document["benchmarks"]]
     others = json.loads(default.read_text())["benchmarks"] if default else []
-    facts, commit = results[0].info, document["commit_info"]
-    loads = [r.info["load"] for r in results]
-    changed = " with changes" if commit.get("dirty") else ""
+    facts = results[0].info
     about = (
         f"{facts['cpu']}, {facts['cores']} cores, instruction set {facts['isa']}, torch"
-        f" {facts['torch']}, Python {facts['python']}; {document['datetime'][:10]}, commit"
-        f" {str(commit['id'])[:10]}{changed}; load average before a cell {min(loads):.1f} to"
-        f" {max(loads):.1f}."
+        f" {facts['torch']}, Python {facts['python']}; {occasion(document)}."
     )
+    for title, ending in PARTS.items():
+        path = newest(folder, ending)
+        if path is not None:
+            part = json.loads(path.read_text())
+            known = {result.kind for result in results}
+            found = [parse(entry) for entry in part["benchmarks"]]
+            results += [result for result in found if result.kind not in known]
+            about += f" {title}: {occasion(part)}."
     return Runs(results, [parse(entry) for entry in others], about)
+
+
+def occasion(document: dict[str, Any]) -> str:
+    """When and of which commit results are, and how busy the machine was."""
+    commit = document["commit_info"]
+    changed = " with changes" if commit.get("dirty") else ""
+    loads = [entry["extra_info"]["load"] for entry in document["benchmarks"]]
+    return (
+        f"{document['datetime'][:10]}, commit {str(commit['id'])[:10]}{changed}; load average"
+        f" before a cell {min(loads):.1f} to {max(loads):.1f}"
+    )
 
 
 def parse(benchmark: dict[str, Any]) -> Result:
@@ -165,6 +182,47 @@ def overhead(of_ratio: float, *, net: bool) -> Callable[[Runs], Figures]:
     ]
 
 
+def reached(kind: str, geometry: str) -> Callable[[Runs], Figures]:
+    """The share of the ratio of operations that the wall clock shows, for models of a kind."""
+    return lambda runs: [
+        (r.info["reached"], r)
+        for r in runs.main
+        if r.kind.startswith(kind) and r.geometry == geometry and "reached" in r.info
+    ]
+
+
+def dense_over_ours(kind: str) -> Callable[[Runs], Figures]:
+    """Time of the dense model over ours."""
+    found = dense_times(kind)
+    return lambda runs: [(1 / share, r) for share, r in found(runs)]
+
+
+def dense_times(kind: str, geometry: str = "") -> Callable[[Runs], Figures]:
+    """Our time over that of the dense model."""
+
+    def figures(runs: Runs) -> Figures:
+        models = [r for r in runs.main if r.kind.startswith(kind) and "weights" in r.info]
+        found = [(r.against("dense"), r) for r in models if geometry in ("", r.geometry)]
+        return [(1 / value, r) for value, r in found if value]
+
+    return figures
+
+
+def peaks(kind: str, key: str = "peak_bytes") -> Callable[[Runs], Figures]:
+    """Our peak memory over that of the dense model."""
+    return lambda runs: [
+        (r.info[key]["ours"] / r.info[key]["dense"], r)
+        for r in runs.main
+        if r.kind.startswith(kind) and r.info.get(key)
+    ]
+
+
+def cache_shares(runs: Runs) -> Figures:
+    """How far the share of cached vision tokens is from that of the schedule, 53.75 %."""
+    shares = [(r.info.get("vision_share"), r) for r in runs.main]
+    return [(abs(share - 0.5375), r) for share, r in shares if share is not None]
+
+
 GOALS = (
     Goal("forward, eager / ours", 8, ratio(FORWARD, "eager")),
     Goal("forward, best compile / ours", 2, ratio(FORWARD, "compile")),
@@ -177,4 +235,16 @@ GOALS = (
     Goal("glue / layer, R = 0.15", 0.015, overhead(0.15, net=False), limit=True),
     Goal("glue, net / layer, R = 0.5", 0.007, overhead(0.5, net=True), limit=True),
     Goal("glue, net / layer, R = 0.15", 0.015, overhead(0.15, net=True), limit=True),
+    Goal("prefill, 2880, 1b: share of the FLOP ratio", 0.95, reached("prefill-1b", "llava_next")),
+    Goal("prefill, 2880, smol: the same", 0.9, reached("prefill-smol", "llava_next")),
+    Goal("prefill, 576: the same", 0.9, reached("prefill", "llava15")),
+    Goal("decoding step, dense / p-MoD", 1, dense_over_ours("decode")),
+    Goal("peak memory of a prefill, p-MoD / dense", 1, peaks("prefill"), limit=True),
+    Goal("cached vision tokens: share less 53.75 %", 0.002, cache_shares, limit=True),
+    Goal("training step, 2880, p-MoD / dense", 0.62, dense_times("training", "llava_next"), True),
+    Goal("training step, 576, p-MoD / dense", 0.66, dense_times("training", "llava15"), True),
+    Goal("peak memory of a step, p-MoD / dense", 1, peaks("training"), limit=True),
+    Goal(
+        "the same, logits of all tokens", 1, peaks("training", "peak_bytes_all_logits"), limit=True
+    ),
 )

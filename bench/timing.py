@@ -37,6 +37,7 @@ class Contest:
         unlike: peers that do another job, so that their results are not compared.
         grad: whether gradients are recorded.
         calls: calls per timing, for what takes microseconds.
+        least_rounds: rounds, if the budget of the cell does not allow for more.
     """
 
     copies: list[Rows]
@@ -46,6 +47,7 @@ class Contest:
     unlike: frozenset[str] = frozenset({"memcpy"})
     grad: bool = False
     calls: int = 1
+    least_rounds: int = MIN_ROUNDS
 
 
 Measure = Callable[[Cell, Contest, float], None]  # the fixture; the number is a share of the budget
@@ -71,7 +73,7 @@ class Race:
     def __post_init__(self) -> None:
         self.candidates = {"ours": self.contest.ours, **self.contest.peers}
         self.samples = {name: {} for name in self.candidates}
-        self.rounds = dict.fromkeys(self.candidates, MIN_ROUNDS)
+        self.rounds = dict.fromkeys(self.candidates, self.contest.least_rounds)
 
     def warm_up(self, copies: int | None = None) -> None:
         """First calls, on every copy; compares results on the first and plans the rounds."""
@@ -85,6 +87,8 @@ class Race:
         self._plan({name: seconds * contest.calls for name, seconds in cost.items()})
 
     def _compare(self, rows: Rows) -> None:
+        if self.contest.unlike.issuperset(self.contest.peers):
+            return
         rows.refresh()
         expected: Any = tensors(self.contest.ours(rows))
         if rows.scratch.numel():
@@ -99,7 +103,8 @@ class Race:
     def _plan(self, cost: dict[str, float]) -> None:
         slow = cost.pop(SLOW, None)
         share = 1.0 if slow is None else 1 - SLOW_SHARE
-        rounds = int(min(MAX_ROUNDS, max(MIN_ROUNDS, share * self.budget / sum(cost.values()))))
+        within_budget = share * self.budget / sum(cost.values())
+        rounds = int(min(MAX_ROUNDS, max(self.contest.least_rounds, within_budget)))
         self.rounds = dict.fromkeys(self.candidates, rounds)
         if slow is not None:
             affordable = int(SLOW_SHARE * self.budget / slow)

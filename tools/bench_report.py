@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from figures import DEFAULT, FORWARD, GOALS, MAIN, TRAINING, Result, Runs, load, mean, newest
+from figures import DEFAULT, FORWARD, GOALS, MAIN, PARTS, TRAINING, Result, Runs, load, mean, newest
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -259,7 +259,7 @@ def up_to_date(runs: Runs | None, page: Path) -> bool:
 
 def adopt(folder: Path) -> None:
     """Keep the newest baseline only, one result per line, so that a change can be read."""
-    for ending in (MAIN, DEFAULT):
+    for ending in (MAIN, DEFAULT, *PARTS.values()):
         kept = newest(folder, ending)
         for path in folder.glob(f"*/[0-9]*{ending}"):
             if path != kept:

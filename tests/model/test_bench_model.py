@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import bench_model
+import bench_training
 import figures
 import models
 import pytest
@@ -33,6 +34,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    bench_training.make_step.cache_clear()
     models.release()
 
 
@@ -87,15 +89,38 @@ def test_operations_are_those_that_run() -> None:
     assert decode_flops(cell, cell.kept_by_layer) == 2 * parameters + 4 * 32 * keys
 
 
+def test_operations_of_a_training_step_are_those_that_run() -> None:
+    cell = tiny_cell("training")
+    step = bench_training.make_step(cell)
+    for each, kept in (
+        (step.prompt, cell.kept_by_layer),
+        (step.prompt.dense(), [cell.vision] * cell.size.layers),
+    ):
+        with FlopCounterMode(display=False) as ran:
+            step(each)
+        # attention runs in a fused kernel whose backward pass is counted otherwise
+        matmuls = ran.get_flop_counts()["Global"][torch.ops.aten.mm]
+        attention = 4 * attention_flops(cell.size, cell.text, kept)
+        assert bench_training.step_flops(cell, kept) == matmuls + attention
+
+
 @pytest.mark.parametrize(
-    "make", [bench_model.prefills, bench_model.decodings, bench_model.padded_prefills]
+    "make",
+    [
+        bench_model.prefills,
+        bench_model.decodings,
+        bench_model.padded_prefills,
+        bench_training.steps,
+    ],
 )
 def test_a_contest_runs(make: Any) -> None:
-    race = Race(make(tiny_cell("prefill")), 0.0)
-    race.warm_up()
-    for _ in range(2):
-        race.time_peers()
-        race.time_ours()
+    contest = make(tiny_cell("prefill"))
+    race = Race(contest, 0.0)
+    with torch.set_grad_enabled(contest.grad):
+        race.warm_up()
+        for _ in range(2):
+            race.time_peers()
+            race.time_ours()
     found = race.results()
     assert set(found["wall_ms"]) == {"ours", "dense"}
     assert found["wall_ratio"]["dense"] > 0
@@ -112,6 +137,20 @@ def test_decoding_leaves_the_cache_as_it_was() -> None:
 def test_memory_of_a_prefill_is_less_with_p_mod() -> None:
     found = bench_model.peaks(tiny_cell("prefill"))
     assert 0 < found["ours"] < found["dense"]
+
+
+def test_memory_of_a_training_step_is_less_with_p_mod() -> None:
+    step = bench_training.make_step(tiny_cell("training"))
+    step(step.prompt)  # makes gradients and the state of the optimiser
+    found = step.peaks(all_logits=False)
+    assert 0 < found["ours"] < found["dense"]
+
+
+def test_a_head_on_labelled_tokens_finds_the_same_loss() -> None:
+    step = bench_training.make_step(tiny_cell("training"))
+    labels = step.labels[:, step.predicting + 1].contiguous()
+    head = {"logits_to_keep": step.predicting, "shift_labels": labels}
+    assert torch.equal(step.backward(step.prompt, **head), step.backward(step.prompt))
 
 
 def test_ids_are_read_back() -> None:
