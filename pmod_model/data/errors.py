@@ -12,10 +12,18 @@ class InputError(ValueError):
         expected: what it should be.
         got: what it is.
         hint: what to do about it.
+        kind: under which reports count it, for a record of a data set.
     """
 
     def __init__(
-        self, place: str, argument: str, expected: str, got: object, hint: str = ""
+        self,
+        place: str,
+        argument: str,
+        expected: str,
+        got: object,
+        hint: str = "",
+        kind: str = "record",
     ) -> None:
+        self.kind = kind
         message = f"pmod {place}: {argument}: expected {expected}, got {got}"
         super().__init__(f"{message}; {hint}" if hint else message)

@@ -68,7 +68,7 @@ def load_runs(pmod: Path, dense: Path) -> tuple[Run, Run]:
 
 def cost_rows(pmod: Run, dense: Run, question: Question) -> list[Row]:
     """Training time, arithmetic, cache and time of a prefill of both models."""
-    prompt = encode_prompt(dense.processor, question.turn, question.image)
+    prompt = encode_prompt(dense.processor, question.turn, question.image, question.system)
     pad = dense.processor.tokenizer.pad_token_id or 0
     single = pad_prompts([prompt], pad)
     costs = [prefill_cost(run.model, single) for run in (pmod, dense)]

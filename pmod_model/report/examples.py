@@ -62,7 +62,7 @@ def choose_examples(pmod: Run, dense: Run, data: Data, count: int) -> list[Examp
     names = list(groups)
     chosen = [names[i * len(names) // count] for i in range(min(count, len(names)))]
     # the first record of an image, whose question the page says it draws the routing for
-    by_image = {record.images[0]: record for record in reversed(data.records) if record.images}
+    by_image = {record.image_name: record for record in reversed(data.records) if record.images}
     examples = []
     for name in chosen:
         if name in by_image:
@@ -89,7 +89,7 @@ def _answers_by_image(pmod: Run, dense: Run) -> dict[str, list[Answer]]:
 
 
 def _example(run: Run, name: str, question: Question, answers: Sequence[Answer]) -> Example:
-    inputs = encode_prompt(run.processor, question.turn, question.image)
+    inputs = encode_prompt(run.processor, question.turn, question.image, question.system)
     vision = inputs["input_ids"] == run.model.config.image_token_id
     settings = run.processor.image_processor
     seen = model_view(inputs["pixel_values"][0], settings.image_mean, settings.image_std)

@@ -14,16 +14,17 @@ from transformers import PreTrainedModel
 
 from pmod_model.data.encoding import encode_prompt, stack_images
 from pmod_model.data.errors import InputError
-from pmod_model.data.images import open_image, resolve_image
+from pmod_model.data.images import open_source
 from pmod_model.data.records import IMAGE, Record, Turn
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question, which may hold one `<image>` marker, and its image."""
+    """A question, which may hold one `<image>` marker, its image, and what is said before."""
 
     turn: Turn
     image: Image.Image | None
+    system: str = ""
 
 
 def make_question(prompt: str, image: Image.Image | None, place: str) -> Question:
@@ -59,10 +60,10 @@ def record_question(record: Record, folder: Path | None, place: str) -> Question
         )
     turn, image = record.turns[0], None
     if record.images:
-        image = open_image(resolve_image(folder or Path(), record.images[0], place), place)
+        image = open_source(record.images[0], folder, place)
         if IMAGE not in turn.question:
             turn = Turn(f"{IMAGE}\n{turn.question}", turn.answer)
-    return Question(turn, image)
+    return Question(turn, image, record.system)
 
 
 def answer(
@@ -96,7 +97,7 @@ def answer(
     answers: list[str] = []
     for start in range(0, len(questions), batch_size):
         prompts = [
-            encode_prompt(processor, question.turn, question.image)
+            encode_prompt(processor, question.turn, question.image, question.system)
             for question in questions[start : start + batch_size]
         ]
         inputs = pad_prompts(prompts, processor.tokenizer.pad_token_id or 0)

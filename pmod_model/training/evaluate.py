@@ -107,7 +107,7 @@ def score(records: Sequence[Record], answers: Sequence[str]) -> dict[str, Any]:
     predictions = [
         {
             "id": record.id,
-            "image": record.images[0] if record.images else None,
+            "image": record.image_name,
             "question": record.turns[0].text,
             "answer": record.turns[0].answer,
             "generated": given,

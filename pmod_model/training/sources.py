@@ -1,4 +1,4 @@
-"""Where records come from: easy-VQA, or the user's LLaVA json with its image folder."""
+"""Where records come from: easy-VQA, or the user's file with its image folder."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pmod_model.data.broken import BrokenRecords
 from pmod_model.data.easyvqa import easy_vqa_records
 from pmod_model.data.errors import InputError
-from pmod_model.data.records import Record, check_images, load_records
+from pmod_model.data.reading import check_images, load_records
+from pmod_model.data.records import Record
 
 EASY_VQA = "easy-vqa"
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set by name: `easy-vqa`, or the path of a LLaVA json and the folder of its images."""
+    """A data set: `easy-vqa`, or a json, jsonl or parquet file and the folder of its images."""
 
     data: str = EASY_VQA
     image_folder: str | None = None
 
-    def load(self, split: Literal["train", "test"]) -> Data:
+    def load(self, split: Literal["train", "test"], broken: BrokenRecords | None = None) -> Data:
         """Read and check the records; `split` chooses one of easy-VQA's.
 
+        Args:
+            split: of easy-VQA.
+            broken: what to do about broken records; None raises. Under the policy "skip" images are
+                left to `check_records`.
+
         Raises:
-            InputError: a record or an image is not usable.
+            InputError: a record or an image is not usable, or too many are.
         """
         if self.data == EASY_VQA:
             if self.image_folder is not None:
@@ -37,8 +44,9 @@ class Source:
         folder = None if self.image_folder is None else Path(self.image_folder)
         if folder is not None and not folder.is_dir():
             raise InputError("data", f"--image-folder {str(folder)!r}", "a folder", "none")
-        records = load_records(path)
-        check_images(records, folder, path.name)
+        records = load_records(path, broken)
+        if broken is None or broken.policy == "error":
+            check_images(records, folder, path.name)
         return Data(path.name, records, folder)
 
     def to_dict(self) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 
 from pmod_model.configuration import PModConfig
-from pmod_model.data.dataset import Collator, ConversationDataset
+from pmod_model.data.collators import Collator
+from pmod_model.data.dataset import ConversationDataset
 from pmod_model.data.errors import InputError
 from pmod_model.data.processor import build_processor
 from pmod_model.schedule import layer_ratios

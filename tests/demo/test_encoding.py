@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pmod_model.data.dataset import Collator, ConversationDataset
+from pmod_model.data.collators import Collator
+from pmod_model.data.dataset import ConversationDataset
 from pmod_model.data.encoding import encode_conversation, encode_prompt
 from pmod_model.data.errors import InputError
 from pmod_model.data.processor import build_processor

@@ -10,7 +10,8 @@ import pytest
 
 from pmod_model.data.easyvqa import easy_vqa_records
 from pmod_model.data.errors import InputError
-from pmod_model.data.records import Turn, check_images, load_records, messages_of, parse_records
+from pmod_model.data.reading import check_images, load_records
+from pmod_model.data.records import Turn, messages_of, parse_records
 
 HUMAN = {"from": "human", "value": "<image>\nwhat color is it?"}
 GPT = {"from": "gpt", "value": "blue"}
