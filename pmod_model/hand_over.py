@@ -86,7 +86,10 @@ def _within_reach(router: nn.Module, x: Tensor) -> bool:
     if any(hasattr(module, "_hf_hook") for module in router.modules()):
         return False
     return all(
-        type(parameter) is nn.Parameter and _present(parameter, x)
+        # one of ZeRO-3 has an id; its ranks must call modules in one order
+        type(parameter) is nn.Parameter
+        and not hasattr(parameter, "ds_id")
+        and _present(parameter, x)
         for parameter in router.parameters()
     )
 

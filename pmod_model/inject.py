@@ -180,8 +180,10 @@ def _check_block(layer: nn.Module, index: int, model_config: Any) -> None:
 
 def _add_router(layer: Any, config: PModConfig) -> None:
     like = layer.input_layernorm.weight
+    # DeepSpeed ZeRO-3 spreads parameters while a model is built, and leaves empty ones
+    shape = getattr(like, "ds_shape", like.shape)
     layer.mod_router = Router(
-        like.shape[0], bias=config.router_bias, device=like.device, dtype=like.dtype
+        shape[0], bias=config.router_bias, device=like.device, dtype=like.dtype
     )
     layer.pmod_config = config
     layer.__class__ = _subclass(type(layer), RoutedLayer)

@@ -88,6 +88,10 @@ class RoutedLayer(_Base):
         if routed:
             return self.route_tokens(hidden_states, context, **kwargs)
         num_tokens = hidden_states.shape[1]
+        router = None
+        if num_tokens > 1 or torch.is_grad_enabled():
+            # first, as in a routed pass: ranks of ZeRO-3 gather parameters in the order of calls
+            router = self.mod_router(hidden_states)
         cache = self._own_cache(kwargs, context, num_tokens, num_tokens)
         keys = _announce(cache, hidden_states, context.valid)
         if cache is not None and cache.is_routed:
@@ -96,8 +100,9 @@ class RoutedLayer(_Base):
         out = super().forward(
             hidden_states, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
-        if torch.is_grad_enabled():
-            out = ZeroGradient.apply(out, *self.mod_router(hidden_states))
+        if router is not None and torch.is_grad_enabled():
+            # last, as the op that scatters: checkpointing replays a layer up to what is saved last
+            out = ZeroGradient.apply(out, *router)
         return out
 
     def route_tokens(

@@ -27,8 +27,16 @@ class Router(nn.Module):
         self.register_parameter("bias", zero)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight [1, D] and bias [1] or None; `hidden_states` only satisfies wrappers."""
-        return self.weight, self.bias
+        """Weight [1, D] and bias [1] or None; `hidden_states` only satisfies wrappers.
+
+        Where gradients are recorded these are views. Their backward nodes make the gradients of a
+        layer's parameters come in one order, routed or not: ZeRO-2 sums over its ranks whatever
+        gradients came first on each.
+        """
+        weight, bias = self.weight, self.bias
+        if torch.is_grad_enabled():
+            weight, bias = weight.view_as(weight), None if bias is None else bias.view_as(bias)
+        return weight, bias
 
     def reset(self) -> None:
         """Zero the parameters that no checkpoint has filled."""
