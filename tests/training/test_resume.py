@@ -283,7 +283,7 @@ def test_accumulated_gradients_equal_those_of_one_batch(tmp_path: Path, batch: i
     from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
     from pmod_model import PModConfig, inject_pmod
-    from pmod_model.data.dataset import Collator
+    from pmod_model.data.collators import Collator
     from pmod_model.training.durable import DurableTrainer
 
     torch.manual_seed(0)
