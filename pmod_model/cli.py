@@ -13,16 +13,16 @@ import typer
 from pmod_model.cli_reports import REPORT_EXAMPLE, VIEW_EXAMPLE, report, view
 from pmod_model.cli_shared import (
     BatchSize,
-    Data,
     ImageFolder,
     MaxNewTokens,
     Run,
     Threads,
+    assignments,
     data_source,
     find_image,
-    pmod_config,
     quiet,
 )
+from pmod_model.cli_train import TRAIN_EXAMPLE, train
 
 UsageError: Any = typer.BadParameter.__base__
 ClickException: Any = UsageError.__base__
@@ -37,67 +37,7 @@ app = typer.Typer(
 )
 
 
-@app.command(
-    epilog="Example: pmod train --output runs/pmod && pmod train --dense --output runs/dense"
-)
-def train(
-    output: Annotated[Path, typer.Option(help="Run folder to make.")],
-    data: Data = "easy-vqa",
-    image_folder: ImageFolder = None,
-    dense: Annotated[
-        bool, typer.Option("--dense", help="Train the dense twin: no routers.")
-    ] = False,
-    pmod: Annotated[
-        list[str] | None,
-        typer.Option(help="Field of PModConfig, e.g. --pmod mean_ratio=0.4; repeatable."),
-    ] = None,
-    model: Annotated[
-        Path | None,
-        typer.Option(help="LLaVA checkpoint to start from; else a small one from scratch."),
-    ] = None,
-    image_size: Annotated[int, typer.Option(help="From scratch: pixels a side.")] = 64,
-    patch_size: Annotated[int, typer.Option(help="From scratch: pixels a side of a token.")] = 8,
-    hidden_size: Annotated[int, typer.Option(help="From scratch: width.")] = 128,
-    layers: Annotated[int, typer.Option(help="From scratch: decoder layers.")] = 8,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 400,
-    batch_size: BatchSize = 16,
-    turns: Annotated[int, typer.Option(help="Turns drawn from each conversation; 0 = all.")] = 6,
-    max_length: Annotated[int, typer.Option(help="Longest conversation in tokens.")] = 2048,
-    learning_rate: Annotated[float, typer.Option(help="Peak of the cosine schedule.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of weights, order and turns.")] = 0,
-    threads: Threads = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a pmod run at --output (nothing else).")
-    ] = False,
-) -> None:
-    """Train a p-MoD LLaVA, or its dense twin, on easy-VQA or on your own LLaVA json."""
-    if dense and pmod:
-        raise typer.BadParameter("expected no settings with --dense", param_hint="--pmod")
-    settings = None if dense else pmod_config(pmod or [])
-    quiet()
-    from pmod_model.training import train as training
-    from pmod_model.training.preset import Preset
-
-    options = training.TrainOptions(
-        output=output,
-        source=data_source(data, image_folder),
-        pmod=settings,
-        model=model,
-        preset=Preset(image_size, patch_size, hidden_size, layers),
-        steps=steps,
-        batch_size=batch_size,
-        turns=turns,
-        max_length=max_length,
-        learning_rate=learning_rate,
-        seed=seed,
-        threads=threads,
-        overwrite=overwrite,
-    )
-    facts = training.train(options)
-    typer.echo(
-        f"{facts['model']}: {facts['parameters']:,} parameters, {steps} steps of {batch_size} in"
-        f" {facts['seconds']:.0f} s, saved in {output}"
-    )
+app.command(epilog=TRAIN_EXAMPLE)(train)
 
 
 @app.command(
@@ -140,16 +80,32 @@ def evaluate(
     ] = 0,
     batch_size: BatchSize = 128,
     max_new_tokens: MaxNewTokens = 16,
+    ratios: Annotated[
+        list[str] | None,
+        typer.Option(help="Other retention ratios, e.g. --ratios mean_ratio=0.3; repeatable."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the result instead of evaluation.json.")
+    ] = None,
     threads: Threads = 0,
 ) -> None:
-    """Measure exact-match accuracy on held-out questions; writes evaluation.json into the run."""
+    """Measure exact-match accuracy on held-out questions; writes evaluation.json into the run.
+
+    With --ratios, the run keeps the evaluation that it has.
+    """
     quiet(threads)
     from pmod_model.report.terminal import print_evaluation
     from pmod_model.training import evaluate as evaluation
 
     source = None if data is None else data_source(data, image_folder)
     result = evaluation.evaluate(
-        model, source, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens
+        model,
+        source,
+        limit=limit,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        ratios=assignments(ratios or [], "--ratios"),
+        output=output,
     )
     print_evaluation(result)
 

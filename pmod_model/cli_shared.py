@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 EASY_VQA_IMAGE = "easy-vqa:"
 
-Data = Annotated[
-    str, typer.Option(help='"easy-vqa", or a LLaVA json: [{id, image, conversations}].')
-]
 ImageFolder = Annotated[str | None, typer.Option(help="Folder of the images that the json names.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves it to torch.")]
 BatchSize = Annotated[int, typer.Option(help="Conversations or questions at a time.")]
@@ -39,21 +36,26 @@ def quiet(threads: int = 0) -> None:
         torch.set_num_threads(threads)
 
 
-def pmod_config(settings: Sequence[str]) -> PModConfig:
-    """Settings from field=value; values that are not JSON are text."""
-    from pmod_model.configuration import PModConfig
-
+def assignments(given: Sequence[str], option: str) -> dict[str, Any]:
+    """Values by name from field=value; a value that is not JSON is text."""
     values: dict[str, Any] = {}
-    for setting in settings:
+    for setting in given:
         name, equals, value = setting.partition("=")
         if not equals:
-            raise typer.BadParameter(f"expected field=value, got {setting!r}", param_hint="--pmod")
+            raise typer.BadParameter(f"expected field=value, got {setting!r}", param_hint=option)
         try:
             values[name.strip()] = json.loads(value)
         except json.JSONDecodeError:
             values[name.strip()] = value
+    return values
+
+
+def pmod_config(settings: Sequence[str]) -> PModConfig:
+    """Settings from field=value."""
+    from pmod_model.configuration import PModConfig
+
     try:
-        return PModConfig(**values)
+        return PModConfig(**assignments(settings, "--pmod"))
     except (ValueError, TypeError) as error:
         raise typer.BadParameter(str(error), param_hint="--pmod") from None
 

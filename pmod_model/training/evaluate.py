@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from rich.progress import Progress
 
 from pmod_model.data.errors import InputError
 from pmod_model.data.records import Record
+from pmod_model.ratios import set_ratios
 from pmod_model.training.answering import answer, record_question
 from pmod_model.training.models import load_model
 from pmod_model.training.run_folder import EVALUATION_FILE, read_run, write_json
@@ -35,8 +36,10 @@ def evaluate(
     limit: int = 0,
     batch_size: int = 128,
     max_new_tokens: int = 16,
+    ratios: Mapping[str, Any] | None = None,
+    output: Path | None = None,
 ) -> dict[str, Any]:
-    """Answer held-out questions with the model in `folder` and write `evaluation.json` there.
+    """Answer held-out questions with the model in `folder`, and write `evaluation.json` there.
 
     Args:
         folder: a run folder of `pmod train`.
@@ -45,12 +48,16 @@ def evaluate(
         limit: ask this many questions, evenly spaced; 0 asks all.
         batch_size: questions generated together.
         max_new_tokens: longest answer.
+        ratios: fields for `pmod_model.ratios.set_ratios`: the model as it answers at other
+            retention ratios than it was trained with. The run then keeps its own evaluation.
+        output: where to write the result instead of into the run.
 
     Returns:
         What `evaluation.json` holds.
 
     Raises:
         InputError: there is no run in `folder`, or the data is not usable.
+        ValueError: the ratios are not usable.
     """
     facts = read_run(folder, PLACE)
     if limit < 0:
@@ -63,6 +70,7 @@ def evaluate(
     data = source.load("test")
     records = spaced(data.records, limit)
     model, processor = load_model(folder, PLACE)
+    changed = set_ratios(model, **ratios) if ratios else None
     wall, cpu = time.perf_counter(), time.process_time()
     ask = partial(
         answer,
@@ -81,10 +89,12 @@ def evaluate(
         "seconds": round(time.perf_counter() - wall, 2),
         "cpu_seconds": round(time.process_time() - cpu, 2),
         "threads": torch.get_num_threads(),
+        **({} if changed is None else {"ratios": {str(k): v for k, v in changed.items()}}),
         **score(records, answers),
         "blind": blind_baselines(_training_records(trained_on), records),
     }
-    write_json(folder / EVALUATION_FILE, result)
+    if output is not None or not ratios:
+        write_json(output or folder / EVALUATION_FILE, result)
     return result
 
 

@@ -27,7 +27,8 @@ from pmod_model.training.models import build_model
 from pmod_model.training.preset import Preset
 
 UserData = Callable[[int], tuple[Path, Path]]
-TINY = ["--steps", "2", "--batch-size", "4", "--turns", "3", "--hidden-size", "32", "--layers", "4"]
+TINY = ["--steps", "2", "--batch-size", "4"]
+TINY += ["--set", "turns=3", "--set", "hidden_size=32", "--set", "layers=4"]
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +117,18 @@ def test_from_training_to_report(
     assert "not recorded" not in text
 
 
+def test_a_model_is_evaluated_at_other_ratios(runs: Path, tmp_path: Path) -> None:
+    kept = {entry.name: entry.read_bytes() for entry in (runs / "pmod").iterdir()}
+    output = tmp_path / "lower.json"
+    arguments = ["evaluate", "--model", str(runs / "pmod"), "--limit", "4", "--max-new-tokens", "1"]
+    arguments += ["--ratios", "mean_ratio=0.3", "--ratios", "min_ratio=0.1"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert found["ratios"] == pytest.approx({"1": 0.55, "2": 0.1, "3": 0.1})
+    assert found["total"] == 4
+    assert {e.name: e.read_bytes() for e in (runs / "pmod").iterdir()} == kept
+
+
 def test_twins_start_from_the_same_weights(processor: Any) -> None:
     states = []
     for pmod in (PModConfig(), None):
@@ -185,14 +198,17 @@ def test_users_own_data_and_checkpoint(
 
 
 BAD_OPTIONS = [
-    ("{train} --pmod mean_ration=1", 2, 'unknown field "mean_ration"; did you mean "mean_ratio"'),
-    ("{train} --pmod mean_ratio=1.5", 2, "expected a number in [0, 1], got 1.5"),
+    ("{train} --pmod mean_ration=1", 1, 'unknown field "mean_ration"; did you mean "mean_ratio"'),
+    ("{train} --pmod mean_ratio=1.5", 1, "mean-ratio: expected a number in [0, 1], got 1.5"),
     ("{train} --pmod mean_ratio", 2, "expected field=value"),
     ("{train} --dense --pmod mean_ratio=1", 2, "--pmod: expected no settings with --dense"),
-    ("{train} --steps 0", 1, "--steps: expected an integer >= 1, got 0"),
+    ("{train} --steps 0", 1, "--steps: expected a number greater than or equal to 1, got 0"),
     ("{train} --steps x", 2, "--steps"),
-    ("{train} --learning-rate nan", 1, "--learning-rate: expected a number in (0, 1), got nan"),
-    ("{train} --patch-size 7", 1, "--patch-size: expected a divisor of --image-size 64, got 7"),
+    ("{train} --learning-rate nan", 1, "--learning-rate: expected a finite number, got nan"),
+    ("{train} --set patch_size=7", 1, "--patch-size: expected a divisor of image_size 64, got 7"),
+    ("{train} --set patch_sizes=7", 1, "expected a known field, got an unknown one; did you mean"),
+    ("{train} --set patch_size", 2, "--set: expected field=value"),
+    ("{train} absent.yaml", 1, "config 'absent.yaml': expected a YAML file, or one of demo"),
     ("{train} --data absent.json", 1, "absent.json"),
     ("{train} --model absent", 1, "expected a folder with a saved model"),
     ("{train} --model {runs}/pmod --dense", 1, "a dense model with --dense, got a p-MoD model"),
@@ -209,6 +225,8 @@ BAD_OPTIONS = [
     ("generate --image x", 2, "Missing option"),
     ("evaluate --model {runs}", 1, "expected a folder made by pmod train"),
     ("evaluate --model {runs}/pmod --limit -1", 1, "--limit"),
+    ("evaluate --model {runs}/pmod --limit 2 --ratios mean_ratios=1", 1, "set_ratios: mean_ratios"),
+    ("evaluate --model {runs}/dense --limit 2 --ratios mean_ratio=1", 1, "expected a p-MoD model"),
     ("report {runs}/dense {runs}/pmod", 1, "expected a p-MoD run, got a dense run"),
     ("report {runs}/pmod {runs}/dense --examples 0", 1, "--examples"),
     ("report {runs}/pmod {runs}/dense --measure", 2, "--measure: expected one model, got two"),
@@ -255,8 +273,8 @@ def test_terminated_training_leaves_nothing(
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(ConversationDataset, "set_epoch", terminate)
-    line = fails(capsys, ["train", "--output", str(tmp_path / "run"), *TINY], 130)
-    assert "interrupted" in line
+    line = fails(capsys, ["train", "--output", str(tmp_path / "run"), *TINY], 143)
+    assert line == "pmod train: training ended by SIGTERM; nothing was left behind"
     assert list(tmp_path.iterdir()) == []
 
 
