@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -104,6 +105,8 @@ def train(
         kept = hint if settings.save_every else "; nothing was left behind"
         typer.echo(f"pmod train: {str(error).split(';')[0]}{kept}", err=True)
         raise typer.Exit(error.exit_code) from None
+    if os.environ.get("RANK", "0") != "0":
+        return
     typer.echo(
         f"{facts['model']}: {facts['parameters']:,} parameters, {facts['steps']} steps of"
         f" {facts['batch_size']} in {facts['seconds']:.0f} s, saved in {settings.output}"
