@@ -24,6 +24,7 @@ from models import (
     padded_prompt,
     prefill_flops,
     release,
+    weights_of,
 )
 from pytest_benchmark.fixture import BenchmarkFixture
 from slot import once_per_shape
@@ -84,12 +85,12 @@ timed_prefills = once_per_shape(prefills)  # type: ignore[arg-type]
 timed_decodings = once_per_shape(decodings)  # type: ignore[arg-type]
 
 
-def note(benchmark: BenchmarkFixture, ideal: float, **more: Any) -> None:
-    """Add the ratio of operations, and the share of it that was reached."""
+def note(benchmark: BenchmarkFixture, cell: ModelCell, ideal: float, **more: Any) -> None:
+    """Add the ratio of operations, the share of it that was reached, and whose the weights are."""
     if benchmark.enabled:
         reached = benchmark.extra_info["wall_ratio"]["dense"] / ideal
         found = {"flops_ratio": significant(ideal), "reached": significant(reached)}
-        benchmark.extra_info.update({**found, **more, "weights": "random"})
+        benchmark.extra_info.update({**found, **more, "weights": weights_of(cell.shape)})
 
 
 @over([model_cell("prefill", *shape) for shape in TIMED])
@@ -97,7 +98,7 @@ def bench_prefill(measure: Measure, benchmark: BenchmarkFixture, cell: ModelCell
     measure(cell, timed_prefills(cell), 1.0)
     everything = [cell.vision] * cell.size.layers
     ideal = prefill_flops(cell, everything) / prefill_flops(cell, cell.kept_by_layer)
-    note(benchmark, ideal, peak_bytes=peaks(cell) if benchmark.enabled else None)
+    note(benchmark, cell, ideal, peak_bytes=peaks(cell) if benchmark.enabled else None)
 
 
 def peaks(cell: ModelCell) -> dict[str, int]:
@@ -115,7 +116,7 @@ def bench_decode(measure: Measure, benchmark: BenchmarkFixture, cell: ModelCell)
     measure(cell, timed_decodings(cell), 1.0)
     everything = [cell.vision] * cell.size.layers
     ideal = decode_flops(cell, everything) / decode_flops(cell, cell.kept_by_layer)
-    note(benchmark, ideal, cache_ratio=significant(cache_ratio(cell)))
+    note(benchmark, cell, ideal, cache_ratio=significant(cache_ratio(cell)))
 
 
 def cache_ratio(cell: ModelCell) -> float:

@@ -162,4 +162,4 @@ def bench_training(measure: Measure, benchmark: BenchmarkFixture, cell: ModelCel
         step = make_step(cell)
         peaks = {"peak_bytes": step.peaks(all_logits=False)}
         peaks["peak_bytes_all_logits"] = step.peaks(all_logits=True)
-        note(benchmark, ideal, **peaks)
+        note(benchmark, cell, ideal, **peaks)

