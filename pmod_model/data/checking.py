@@ -1,15 +1,19 @@
-"""Looks at every record before a run depends on it, without decoding a picture."""
+"""Looks at a record before a run depends on it, without decoding a picture, and encodes it."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from pmod_model.data.augment import augment as augment_image
 from pmod_model.data.broken import BrokenRecords
-from pmod_model.data.encoding import tokenize_conversation
+from pmod_model.data.encoding import encode_conversation, tokenize_conversation
 from pmod_model.data.errors import InputError
 from pmod_model.data.images import open_source, source_size
 from pmod_model.data.reading import Selected, id_at
@@ -95,6 +99,29 @@ def check_length(length: int, max_length: int, place: str) -> None:
     if length > max_length:
         expected = f"at most {max_length} tokens"
         raise InputError(place, "length", expected, length, kind="length")
+
+
+def encode_record(
+    record: Record,
+    turns: Sequence[Turn],
+    folder: Path | None,
+    processor: Any,
+    *,
+    max_length: int,
+    augment: Sequence[str],
+    rng: random.Random,
+    place: str,
+) -> dict[str, Tensor]:
+    """Open the images of a record, change them as `augment` says, and encode `turns` with them.
+
+    Raises:
+        InputError: the record is broken, or longer than `max_length` tokens.
+    """
+    images = [open_source(image, folder, place) for image in record.images]
+    images = [augment_image(image, augment, rng) for image in images]
+    encoded = encode_conversation(processor, turns, images, place, record.system)
+    check_length(len(encoded["input_ids"]), max_length, place)
+    return encoded
 
 
 def _longest(record: Record, max_turns: int) -> Sequence[Turn]:

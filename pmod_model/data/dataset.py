@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pmod_model.data.augment import augment as augment_image
 from pmod_model.data.augment import check_names
 from pmod_model.data.broken import KINDS, BrokenRecords
-from pmod_model.data.checking import check_length, images_first
-from pmod_model.data.encoding import encode_conversation
+from pmod_model.data.checking import encode_record, images_first
 from pmod_model.data.errors import InputError
-from pmod_model.data.images import open_source
 from pmod_model.data.reading import id_at
 from pmod_model.data.records import Record
 from pmod_model.data.turns import Turn
@@ -119,13 +116,16 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
     def _encode(self, index: int) -> dict[str, Tensor]:
         record = self.records[index]
         place = record.place or f"{self.name} record {index} (id {record.id!r})"
-        images = [open_source(image, self.folder, place) for image in record.images]
-        rng = random.Random(f"{self.seed}/{self.epoch}/{index}/images")
-        images = [augment_image(image, self.augment, rng) for image in images]
-        turns = self._turns(record, index)
-        encoded = encode_conversation(self.processor, turns, images, place, record.system)
-        check_length(len(encoded["input_ids"]), self.max_length, place)
-        return encoded
+        return encode_record(
+            record,
+            self._turns(record, index),
+            self.folder,
+            self.processor,
+            max_length=self.max_length,
+            augment=self.augment,
+            rng=random.Random(f"{self.seed}/{self.epoch}/{index}/images"),
+            place=place,
+        )
 
     def _turns(self, record: Record, index: int) -> Sequence[Turn]:
         # images belong to their turns in order, so several cannot be drawn from

@@ -11,13 +11,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pmod_model.data.augment import augment as augment_image
 from pmod_model.data.augment import check_names
 from pmod_model.data.broken import BrokenRecords
-from pmod_model.data.checking import check_length
-from pmod_model.data.encoding import encode_conversation
+from pmod_model.data.checking import encode_record
 from pmod_model.data.errors import InputError
-from pmod_model.data.images import open_source
 from pmod_model.data.records import parse_record, record_id
 
 JUDGED = 100  # records after which the share of broken ones says something
@@ -109,11 +106,13 @@ class ConversationStream(IterableDataset[dict[str, Tensor]]):
 
     def _encode(self, entry: Any, number: int) -> dict[str, Tensor]:
         record = parse_record(entry, f"{self.name} record {number}", number)
-        images = [open_source(image, self.folder, record.place) for image in record.images]
-        rng = random.Random(f"{self.seed}/{self.epoch}/{number}/images")
-        images = [augment_image(image, self.augment, rng) for image in images]
-        encoded = encode_conversation(
-            self.processor, record.turns, images, record.place, record.system
+        return encode_record(
+            record,
+            record.turns,
+            self.folder,
+            self.processor,
+            max_length=self.max_length,
+            augment=self.augment,
+            rng=random.Random(f"{self.seed}/{self.epoch}/{number}/images"),
+            place=record.place,
         )
-        check_length(len(encoded["input_ids"]), self.max_length, record.place)
-        return encoded

@@ -13,15 +13,13 @@ from pmod_model.training.config import CONFIGS, TrainConfig
 
 ENTRIES = 60
 ZERO = ("zero1", "zero2", "zero3")
-SHORTEST_EPOCH_LOG = 10
+LOG_OF_EPOCHS = 10
 
 
 def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     """Arguments that write checkpoints into `folder`; whatever has a GPU trains on it."""
     on_gpu = torch.cuda.is_available()
-    log_every = config.log_every or max(1, (config.steps or 0) // ENTRIES)
-    if config.steps is None and not config.log_every:
-        log_every = SHORTEST_EPOCH_LOG
+    usual = LOG_OF_EPOCHS if config.steps is None else max(1, config.steps // ENTRIES)
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=config.steps or -1,
@@ -42,7 +40,7 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         dataloader_pin_memory=on_gpu,
         remove_unused_columns=False,
         include_num_input_tokens_seen="all" if config.padding_free else "non_padding",
-        logging_steps=log_every,
+        logging_steps=config.log_every or usual,
         report_to=list(config.report_to),
         save_strategy="steps" if config.save_every else "no",
         save_steps=config.save_every or 500,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pmod_model.data.errors import InputError
+from pmod_model.training.guards import LOCK_FILE
 from pmod_model.training.manifest import (
     Facts,
     Fault,
@@ -202,6 +203,19 @@ def rotate(folder: Path, keep: int, protected: Path | None = None) -> None:
         going = path.with_name(path.name + ROTATED)
         path.rename(going)
         shutil.rmtree(going)
+
+
+def remove_complete(folder: Path) -> None:
+    """Delete the complete checkpoints of a run that needs them no more, and the folder if empty.
+
+    Damaged ones, those set aside and anything else in the folder stay.
+    """
+    for _, path in checkpoints_in(folder):
+        if find_fault(path, contents=False) is None:
+            shutil.rmtree(path)
+    (folder / LOCK_FILE).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _refuse_cut_archive(path: Path) -> None:

@@ -133,7 +133,9 @@ class TrainConfig(BaseModel):
         0, description="Steps between checkpoints for --resume; 0 = none."
     )
     keep: int = Field(2, ge=2, description="Checkpoints that are kept.")
-    log_every: NotNegative = Field(0, description="Steps between log entries; 0 = 60 of a run.")
+    log_every: NotNegative = Field(
+        0, description="Steps between log entries; 0 = 60 entries, or every 10 steps of epochs."
+    )
     report_to: tuple[str, ...] = Field(
         (), description="Loggers of the Trainer, e.g. tensorboard, wandb."
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from pmod_model.models import DecoderModel
 from pmod_model.training.arguments import training_arguments
 from pmod_model.training.config import TrainConfig
 from pmod_model.training.durable import Durability, DurableTrainer
+from pmod_model.training.manifest import sha256_of
 from pmod_model.training.metrics import watch_routing
 from pmod_model.training.parts import choose_parts
 from pmod_model.training.sources import EASY_VQA, Data
 
 # fields that may differ between a run and the one that goes on from it
 FREE = {"output", "threads", "workers", "save_every", "keep", "log_every", "report_to"}
-BLOCK = 1 << 20
 
 
 class ProgressBar(ProgressCallback):
@@ -145,8 +144,4 @@ def fingerprint(config: TrainConfig, prepared: Prepared) -> dict[str, Any]:
     path = Path(config.data)
     if config.data == EASY_VQA or not path.is_file():
         return facts
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return {**facts, "sha256": digest.hexdigest()}
+    return {**facts, "sha256": sha256_of(path)}

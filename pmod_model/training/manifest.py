@@ -127,7 +127,7 @@ def _compare(path: Path, entry: Mapping[str, Any], contents: bool) -> Fault | No
         return Fault(path, "a regular file", "something else")
     if path.stat().st_size != entry["size"]:
         return Fault(path, f"{entry['size']} bytes", f"{path.stat().st_size}")
-    if contents and (digest := _sha256(path)) != entry["sha256"]:
+    if contents and (digest := sha256_of(path)) != entry["sha256"]:
         return Fault(path, f"sha256 {entry['sha256'][:12]}...", f"{digest[:12]}...")
     return None
 
@@ -138,10 +138,11 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _entry(path: Path) -> dict[str, Any]:
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    return {"size": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 sum of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -112,12 +111,3 @@ def watch_routing(trainer: Trainer) -> RoutingMetrics:
     metrics = RoutingMetrics(trainer.model)
     trainer.callback_handler.callbacks.insert(0, metrics)
     return metrics
-
-
-def by_layer(entry: Mapping[str, Any], name: str) -> dict[int, float]:
-    """The numbers called `name` of all layers in a log entry."""
-    return {
-        int(key.split("/")[0].removeprefix("layer_")): value
-        for key, value in entry.items()
-        if key.startswith("layer_") and key.endswith(f"/{name}")
-    }

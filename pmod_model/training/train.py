@@ -21,6 +21,7 @@ from pmod_model.configuration import PModConfig
 from pmod_model.data.broken import BrokenRecords
 from pmod_model.data.processor import build_processor
 from pmod_model.schedule import layer_ratios
+from pmod_model.training.checkpoints import remove_complete
 from pmod_model.training.config import PLACE, TrainConfig
 from pmod_model.training.fit import Prepared, ProgressBar, RunTrainer, make_trainer, prepare
 from pmod_model.training.models import build_model, load_for_training
@@ -59,14 +60,15 @@ def train(config: TrainConfig, *, overwrite: bool = False, resume: bool = False)
         saves = checkpoint_folder(config) if config.save_every else folder / "unsaved"
         trainer = make_trainer(config, model, processor, prepared, saves)
         fitted = _fit(trainer, resume)
-        facts = {**_facts(config, trainer.model, prepared), **fitted}
+        broken_records = trainer.train_dataset.report()
+        facts = {**_facts(config, trainer.model, prepared), "broken": broken_records, **fitted}
         shutil.rmtree(folder / "unsaved", ignore_errors=True)
         _save(trainer, folder)
         if trainer.is_world_process_zero():
             processor.save_pretrained(folder)
             write_run(folder, facts)
-    if trainer.is_world_process_zero():
-        shutil.rmtree(checkpoint_folder(config), ignore_errors=True)
+    if config.save_every and trainer.is_world_process_zero():
+        remove_complete(saves)
     return facts
 
 
@@ -137,7 +139,6 @@ def _facts(config: TrainConfig, model: Any, prepared: Prepared) -> dict[str, Any
         "source": Source(config.data, config.image_folder).to_dict(),
         "data": prepared.data.name,
         "records": len(prepared.records),
-        "broken": prepared.broken.to_dict(),
         "batch_size": config.batch_size,
         "turns": config.turns,
         "learning_rate": config.learning_rate,

@@ -283,15 +283,8 @@ def test_damaged_data_leaves_nothing(
 ) -> None:
     data, folder = user_data(4)
     before = sorted(tmp_path.iterdir())
-    own = [
-        "train",
-        "--output",
-        str(tmp_path / "run"),
-        "--data",
-        str(data),
-        "--image-folder",
-        str(folder),
-    ]
+    own = ["train", "--output", str(tmp_path / "run")]
+    own += ["--data", str(data), "--image-folder", str(folder)]
     picture = next(folder.iterdir())
     whole = picture.read_bytes()
     picture.write_bytes(whole[:-30])

@@ -24,15 +24,8 @@ from pmod_model.data.errors import InputError
 from pmod_model.training.config import TrainConfig, load_config, presets, render_config
 from pmod_model.training.train import checkpoint_folder, train
 
-TINY: dict[str, Any] = {
-    "steps": 4,
-    "batch_size": 2,
-    "turns": 2,
-    "hidden_size": 32,
-    "layers": 4,
-    "image_size": 32,
-    "log_every": 1,
-}
+TINY: dict[str, Any] = {"steps": 4, "batch_size": 2, "turns": 2, "log_every": 1}
+TINY |= {"hidden_size": 32, "layers": 4, "image_size": 32}
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +160,17 @@ def test_a_run_that_is_ended_goes_on_to_the_same_bits(
     assert all(torch.equal(value, again[name]) for name, value in weights(output).items())
     resumed = json.loads((tmp_path / "run" / "run.json").read_text())
     assert resumed["losses"] == facts["losses"]
+
+
+def test_what_others_left_beside_a_run_stays(
+    plain: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    changes = {**TINY, "steps": 1, "output": tmp_path / "run"}
+    beside = checkpoint_folder(load_config("demo", changes))
+    (beside / "checkpoint-9").mkdir(parents=True)  # no manifest: damaged
+    (beside / "notes.txt").write_text("mine")
+    train(load_config("demo", {**changes, "save_every": 1}))
+    assert sorted(path.name for path in beside.iterdir()) == ["checkpoint-9", "notes.txt"]
 
 
 def test_a_resumed_run_must_be_the_same(

@@ -65,7 +65,7 @@ def test_checkpointing_changes_no_loss(reentrant: bool, bf16: bool, tmp_path: Pa
     assert again == pytest.approx(plain, rel=1e-6)
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 4])
 def test_accumulation_weighs_by_labels(batch: int, tmp_path: Path) -> None:
     """As HF#34191, HF#35438, unsloth-zoo#1023."""
     model = tiny.freeze_vision(tiny.make_model())
