@@ -52,7 +52,8 @@ class PixelCase:
         source = write_official(self.folder, scratch / "official")
         self.converted = scratch / "converted"
         from_official(source, self.converted, vision_tower=source / "tower")
-        self.processor = AutoProcessor.from_pretrained(self.converted)
+        # with torchvision installed, transformers would resize with it, to other pixels
+        self.processor = AutoProcessor.from_pretrained(self.converted, backend="pil")
         self.model: Any = AutoModelForImageTextToText.from_pretrained(self.converted)
         self.batch = self.encode(self.texts, self.images)
 
